@@ -1,0 +1,211 @@
+"""The published methods that this package holds, read from their files without importing them.
+
+There is no registry: a method is a file in ``preceptor/recipes``. Its docstring gives the name, the paper and whether
+the reproduction holds; ``REQUIRES`` names the extra it needs; ``Config`` gives its settings.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import re
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from preceptor.errors import UserError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+LABEL = re.compile(r"(Paper|Reproduction|Command): *")
+
+TAUGHT = {
+    "text": "Language models",
+    "vision": "Vision models",
+    "speech": "Speech models",
+    "teachers": "Teachers that write data",
+    "people": "People",
+    "web": "The classroom",
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a recipe's file says about itself.
+
+    ``name`` is the file's name and the command's; ``title`` and ``summary`` are the two halves of the docstring's first
+    line; ``paper`` and ``reproduction`` are its lines of that name; ``requires`` is the extra that brings its imports;
+    ``command`` is one that runs it; ``text`` is the rest of the docstring, Markdown.
+    """
+
+    name: str
+    title: str
+    summary: str
+    paper: str
+    link: str
+    reproduction: str
+    requires: str
+    command: str
+    text: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One field of a settings dataclass, as its source says it."""
+
+    name: str
+    type: str
+    default: str
+    help: str
+
+
+def find_methods(folder: Path = RECIPES) -> list[Method]:
+    """Every recipe in ``folder``, by name; files that begin with an underscore are none."""
+    return [read_method(path) for path in sorted(folder.glob("[!_]*.py"))]
+
+
+def find_method(name: str, folder: Path = RECIPES) -> Method:
+    """The recipe called ``name`` (dashes count as underscores).
+
+    Raises:
+        UserError: there is none; the sentence names the nearest.
+    """
+    wanted = name.replace("-", "_").lower()
+    names = [path.stem for path in sorted(folder.glob("[!_]*.py"))]
+    if wanted in names:
+        return read_method(folder / f"{wanted}.py")
+    near = difflib.get_close_matches(wanted, names, n=1, cutoff=0.5)
+    if near:
+        raise UserError(f"There is no recipe '{name}': did you mean '{near[0]}'? ('preceptor list' shows all.)")
+    raise UserError(f"There is no recipe '{name}': there are {', '.join(names) or 'none'}.")
+
+
+def read_method(path: Path) -> Method:
+    """Read one recipe's file."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    docstring = ast.get_docstring(tree) or ""
+    first = docstring.partition("\n")[0].strip()
+    title, colon, summary = first.partition(": ")
+    labelled, text = _sections(docstring)
+    paper = labelled.get("Paper", "")
+    link = re.search(r"https?://\S+", paper)
+    return Method(
+        name=path.stem,
+        title=title if colon else path.stem,
+        summary=summary if colon else first,
+        paper=paper.partition("http")[0].rstrip(" ,.;:<"),
+        link=link[0].rstrip(".,;)>") if link else "",
+        reproduction=labelled.get("Reproduction", "not stated"),
+        requires=_constant(tree, "REQUIRES"),
+        command=labelled.get("Command", f"`preceptor run {path.stem}`").replace("``", "`"),
+        text=text,
+        path=path,
+    )
+
+
+def read_settings(path: Path, class_name: str = "Config") -> list[Setting]:
+    """The fields of the dataclass ``class_name`` in the file ``path``, with their docstrings.
+
+    A field whose type is another dataclass of the same file is followed by that one's fields: ``objective.beta``.
+    """
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    return _fields(classes, class_name, "")
+
+
+def read_presets(path: Path) -> dict[str, str]:
+    """The source of the settings that the file assigns to ``tiny`` and ``paper``."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assigned = [node for node in tree.body if isinstance(node, ast.Assign)]
+    named = {node.targets[0].id: node.value for node in assigned if isinstance(node.targets[0], ast.Name)}
+    return {name: ast.unparse(named[name]) for name in ("tiny", "paper") if name in named}
+
+
+def missing_packages(extra: str) -> list[str] | None:
+    """The packages of ``extra`` that are not installed, by their names on the package index.
+
+    None where that is not known, since Preceptor itself runs from its source without being installed.
+
+    The package's own metadata says what an extra needs, so that no second list can disagree with it.
+    """
+    try:
+        requirements = metadata.requires("preceptor") or []
+    except metadata.PackageNotFoundError:
+        return None
+    missing = []
+    for requirement in requirements:
+        name, _, marker = requirement.partition(";")
+        if marker.replace('"', "'").strip() == f"extra == '{extra}'":
+            package = name.split("[")[0].strip().rstrip("<>=!~,.0123456789 ")
+            try:
+                metadata.distribution(package)
+            except metadata.PackageNotFoundError:
+                missing.append(package)
+    return missing
+
+
+def markdown_table(methods: list[Method], link: str = "preceptor/recipes/{name}.py") -> str:
+    """The table of methods for the README and the documentation; ``link`` says where a method's name leads."""
+    lines = ["| method | what is taught, and how | paper | needs | reproduction |", "| --- | --- | --- | --- | --- |"]
+    for method in methods:
+        name = f"[`{method.name}`]({link.format(name=method.name)})"
+        paper = f"[{method.paper}]({method.link})" if method.link else method.paper
+        lines.append(f"| {name} | {method.summary} | {paper} | `{method.requires}` | {method.reproduction} |")
+    return "\n".join(lines) + "\n"
+
+
+def _sections(docstring: str) -> tuple[dict[str, str], str]:
+    """The labelled paragraphs (``Paper: ...``, up to an empty line or the next label), and the text without them."""
+    labelled: dict[str, list[str]] = {}
+    text: list[str] = []
+    inside = ""
+    for line in docstring.splitlines()[1:]:
+        begins = LABEL.match(line)
+        inside = begins[1] if begins else inside if line.strip() else ""
+        if inside:
+            labelled.setdefault(inside, []).extend(line[begins.end() if begins else 0 :].split())
+        else:
+            text.append(line)
+    return {label: " ".join(words) for label, words in labelled.items()}, "\n".join(text).strip()
+
+
+def _fields(classes: dict[str, ast.ClassDef], name: str, prefix: str) -> list[Setting]:
+    found = []
+    body = classes[name].body if name in classes else []
+    for node, after in zip(body, [*body[1:], ast.Pass()]):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            kind = ast.unparse(node.annotation)
+            help_text = " ".join(_string(after).split())
+            found.append(Setting(prefix + node.target.id, kind, _default(node.value), help_text))
+            found += _fields(classes, kind, f"{prefix}{node.target.id}.")
+    return found
+
+
+def _default(value: ast.expr | None) -> str:
+    if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "field":
+        given = {keyword.arg: keyword.value for keyword in value.keywords}
+        if "default" in given:
+            return ast.unparse(given["default"])
+        factory = given.get("default_factory")
+        return (
+            ast.unparse(factory.body)
+            if isinstance(factory, ast.Lambda)
+            else f"{ast.unparse(factory)}()"
+            if factory
+            else ""
+        )
+    return ast.unparse(value) if value else ""
+
+
+def _constant(tree: ast.Module, name: str) -> str:
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == name:
+            return str(ast.literal_eval(node.value))
+    return ""
+
+
+def _string(node: ast.stmt) -> str:
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+        return node.value.value
+    return ""
