@@ -1,0 +1,233 @@
+"""Text data: examples, their token sequences with response masks, and batches.
+
+One function, ``encode``, serves training, caching and evaluation: the chat template is applied once, and a token belongs to
+a response from the first character that the assistant says to its end-of-turn token, that included.
+
+A tokenizer without a chat template (a base model's) gets ``PLAIN_TEMPLATE``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterable, Sequence as Listed
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from preceptor.errors import UserError
+from preceptor.prompts import make_prompts
+from preceptor.readers import Example, Message, read
+
+__all__ = [
+    "Batch", "Example", "Message", "PLAIN_TEMPLATE", "Sequence", "collate", "encode", "encode_prompt", "make_prompts", "read",
+    "sequence_key",
+]  # fmt: skip
+
+PLAIN_TEMPLATE = (
+    "{{ bos_token or '' }}{% for message in messages %}### {{ message['role'] | capitalize }}:\n{{ message['content'] }}"
+    "{{ (eos_token or '') if message['role'] == 'assistant' else '' }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}### Assistant:\n{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Token ids and, for each, whether it belongs to a response."""
+
+    ids: tuple[int, ...]
+    response: tuple[bool, ...]
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """The ids up to the first token of the last response."""
+        start = len(self.ids)
+        while start and not self.response[start - 1]:
+            start -= 1
+        while start and self.response[start - 1]:
+            start -= 1
+        return self.ids[:start]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Sequences padded on the right. ``input_ids`` and ``attention_mask``: (B, T) int64; ``response``: (B, T) bool."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    response: Tensor
+
+    def __len__(self) -> int:
+        return int(self.input_ids.shape[0])
+
+    @property
+    def predicts(self) -> Tensor:
+        """(B, T) bool: position t predicts a response token at t + 1; the last column is False."""
+        return torch.cat([self.response[:, 1:], torch.zeros_like(self.response[:, :1])], dim=1)
+
+    @property
+    def labels(self) -> Tensor:
+        """(B, T) int64: at t the id at t + 1 where it is a response token, else -100."""
+        following = torch.cat([self.input_ids[:, 1:], torch.full_like(self.input_ids[:, :1], -100)], dim=1)
+        return following.masked_fill(~self.predicts, -100)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on a device."""
+        return Batch(*(part.to(device, non_blocking=True) for part in (self.input_ids, self.attention_mask, self.response)))
+
+    def sequences(self) -> list[Sequence]:
+        """The sequences without padding."""
+        lengths = self.attention_mask.sum(-1).tolist()
+        rows = zip(self.input_ids.tolist(), self.response.tolist(), lengths)
+        return [Sequence(tuple(ids[:length]), tuple(response[:length])) for ids, response, length in rows]
+
+
+def collate(sequences: Listed[Sequence], pad_id: int) -> Batch:
+    """Pad sequences on the right with ``pad_id``; what is padding is told by the attention mask, not by the id."""
+    width = max(len(sequence.ids) for sequence in sequences)
+    ids = np.full((len(sequences), width), pad_id, dtype=np.int64)
+    mask = np.zeros((len(sequences), width), dtype=np.int64)
+    response = np.zeros((len(sequences), width), dtype=bool)
+    for row, sequence in enumerate(sequences):
+        length = len(sequence.ids)
+        ids[row, :length] = sequence.ids
+        mask[row, :length] = 1
+        response[row, :length] = sequence.response
+    return Batch(torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(response))
+
+
+def sequence_key(sequence: Sequence) -> bytes:
+    """16 bytes that name a sequence by its content: BLAKE2b of its ids (int32, little endian) and its packed mask."""
+    ids = np.asarray(sequence.ids, dtype="<i4").tobytes()
+    mask = np.packbits(np.asarray(sequence.response, dtype=bool)).tobytes()
+    return hashlib.blake2b(ids + mask, digest_size=16).digest()
+
+
+def encode(examples: Iterable[Example], tokenizer: Any, *, max_length: int) -> list[Sequence]:
+    """Token sequences of examples, with response masks.
+
+    Chat examples are rendered with the tokenizer's own template (``PLAIN_TEMPLATE`` where it has none); each assistant
+    turn is a response. In plain text every token but the first is one. What exceeds ``max_length`` tokens is cut off at
+    the end; an example without a response token left is dropped, with a warning that counts them.
+
+    Raises:
+        UserError: no example has a response (or none is left after truncation), or the template changes what it has said
+            when the conversation goes on, so that a turn's place cannot be told.
+    """
+    listed = list(examples)
+    if not listed:
+        raise UserError("There is no example to encode: the data is empty.")
+    if max_length < 2:
+        raise UserError(f"max_length is {max_length}; it must be at least 2 tokens, one to read and one to predict.")
+    if not any(_answered(example) for example in listed):
+        raise UserError(
+            "None of the examples has a response: give data with answers (messages that end with the assistant, "
+            "prompt + completion, ...), or let a teacher write them first."
+        )
+    whole = [_tokenize_all(example, tokenizer) for example in listed if _answered(example)]
+    cut = [Sequence(item.ids[:max_length], item.response[:max_length]) for item in whole]
+    kept = [sequence for sequence in cut if any(sequence.response)]
+    if not kept:
+        raise UserError(
+            f"The response mask is empty after truncation to {max_length} tokens: every prompt is as long as that; raise "
+            "max_length or shorten the prompts."
+        )
+    if len(kept) < len(listed):
+        warnings.warn(
+            f"{len(listed) - len(kept)} of {len(listed)} examples were dropped: no response is left within {max_length} "
+            "tokens.",
+            stacklevel=2,
+        )
+    return kept
+
+
+def encode_prompt(messages: Listed[Message], tokenizer: Any) -> tuple[int, ...]:
+    """The ids of a conversation up to where the assistant begins to speak."""
+    return tuple(_ids(render(messages, tokenizer, speak=True), tokenizer))
+
+
+def render(messages: Listed[Message], tokenizer: Any, *, speak: bool = False) -> str:
+    """The text of a conversation under the chat template; with ``speak``, up to where the assistant begins.
+
+    Raises:
+        UserError: the template refuses the conversation (two turns of one role in a row, an unknown role, ...).
+    """
+    template = None if tokenizer.chat_template else PLAIN_TEMPLATE
+    try:
+        text = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=speak, chat_template=template
+        )
+    except Exception as error:  # whatever a template written by others raises
+        raise UserError(
+            f"The chat template refuses a conversation with the roles {[message['role'] for message in messages]}: {error}."
+        ) from error
+    return str(text)
+
+
+def _answered(example: Example) -> bool:
+    return bool(example.text) or any(message["role"] == "assistant" for message in example.messages)
+
+
+def _tokenize_all(example: Example, tokenizer: Any) -> Sequence:
+    if not example.messages:
+        ids = tokenizer(example.text)["input_ids"]
+        return Sequence(tuple(ids), tuple(place > 0 for place in range(len(ids))))
+    text = render(example.messages, tokenizer)
+    places = [place for span in _spans(example.messages, text, tokenizer) for place in span]
+    pieces = _split(text, places, tokenizer)
+    ids = tuple(token for piece in pieces for token in piece)
+    response = tuple(place % 2 == 1 for place, piece in enumerate(pieces) for _ in piece)
+    return Sequence(ids, response)
+
+
+def _split(text: str, places: list[int], tokenizer: Any) -> list[list[int]]:
+    """The ids of the text up to the last place, split at the places.
+
+    A token must not reach over a place: what a model reads as its prompt when it answers is the prompt alone. Where the
+    ids of each beginning are the beginning of the ids (nearly always), the text is tokenised as one; else in pieces.
+    """
+    beginnings = tokenizer([text[:place] for place in places], add_special_tokens=False)["input_ids"]
+    whole = beginnings[-1]
+    if all(whole[: len(ids)] == ids for ids in beginnings):
+        counts = [0, *map(len, beginnings)]
+        return [whole[start:end] for start, end in zip(counts, counts[1:])]
+    pieces = [_ids(text[start:end], tokenizer) for start, end in zip([0, *places], places)]
+    if tokenizer.decode([token for piece in pieces for token in piece]) != tokenizer.decode(whole):
+        raise UserError(
+            "The tokenizer joins the end of a prompt and the beginning of its answer in one token, and reads them "
+            "otherwise when apart: end the template's generation prompt with a newline or a special token."
+        )
+    return pieces
+
+
+def _ids(text: str, tokenizer: Any) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+
+
+def _spans(messages: Listed[Message], text: str, tokenizer: Any) -> list[tuple[int, int]]:
+    """Where each assistant turn begins and ends in the rendered conversation, in characters.
+
+    A turn begins where the rendered prompt before it ends. It ends with the first special token after what was said,
+    that included, or right after what was said where the template puts none.
+    """
+    special = sorted(set(tokenizer.all_special_tokens), key=len, reverse=True)
+    spans = []
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = render(messages[:index], tokenizer, speak=True)
+        through = render(messages[: index + 1], tokenizer)
+        content = message["content"].strip()
+        said = through.find(content, len(before))
+        if not (text.startswith(before) and text.startswith(through) and through.startswith(before)) or said < 0:
+            raise UserError(
+                f"The chat template does not keep turn {index + 1} as it was when the conversation goes on, so the "
+                "response's place cannot be told: give conversations of one answer each, or set a template that keeps it."
+            )
+        stop = said + len(content)
+        ends = [place + len(token) for token in special if (place := through.find(token, stop)) >= 0]
+        spans.append((len(before), min(ends, default=stop)))
+    return spans

@@ -1,0 +1,119 @@
+"""Sampling from a causal model in batches: left padding, a growing cache, and finished rows dropped as they end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from preceptor.errors import UserError
+
+Step = Callable[[Tensor, Tensor, Tensor, Any], tuple[Tensor, Any]]
+"""``(input_ids [B, T], attention_mask [B, S], position_ids [B, T], cache) -> (logits [B, V] of the last position, cache)``."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. Temperature 0 takes the likeliest; ``top_k`` 0 and ``top_p`` 1 keep the whole vocabulary."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def check(self) -> None:
+        """Raise a UserError that names the setting out of its interval."""
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1.")
+        if not self.temperature >= 0:
+            raise UserError(f"The sampling temperature is {self.temperature}; it must be 0 (greedy) or positive.")
+        if self.top_k < 0:
+            raise UserError(f"top_k is {self.top_k}; it must be 0 (the whole vocabulary) or positive.")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}; it must lie in (0, 1].")
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """The next token ids (B,) from logits (B, V), drawn with torch's global generator of the device."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        logits = logits.float() / self.temperature
+        if 0 < self.top_k < logits.shape[-1]:
+            least = logits.topk(self.top_k, dim=-1).values[..., -1:]
+            logits = logits.masked_fill(logits < least, -torch.inf)
+        if self.top_p < 1:
+            ordered, places = logits.sort(dim=-1, descending=True)
+            before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+            logits = torch.full_like(logits, -torch.inf).scatter(
+                -1, places, ordered.masked_fill(before >= self.top_p, -torch.inf)
+            )
+        return torch.multinomial(logits.softmax(-1), 1).squeeze(-1)
+
+
+def sample(
+    step: Step,
+    prompts: Sequence[tuple[int, ...]],
+    sampling: Sampling,
+    *,
+    stop: frozenset[int],
+    batch_size: int,
+    device: torch.device,
+) -> list[tuple[int, ...]]:
+    """Continue every prompt; the new ids only, a stop token kept as the last one.
+
+    Prompts are taken longest first, so that a batch holds little padding; the answers come back in the order given.
+
+    Raises:
+        UserError: a setting is out of its interval, or a prompt is empty.
+    """
+    sampling.check()
+    if batch_size < 1:
+        raise UserError(f"The generation batch size is {batch_size}; it must be at least 1.")
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise UserError(f"Prompt {index} is empty: a model needs at least one token to go on from.")
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    answers: list[tuple[int, ...]] = [()] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        for index, ids in zip(chosen, _sample_batch(step, [prompts[i] for i in chosen], sampling, stop, device)):
+            answers[index] = tuple(ids)
+    return answers
+
+
+def _sample_batch(
+    step: Step, prompts: list[tuple[int, ...]], sampling: Sampling, stop: frozenset[int], device: torch.device
+) -> list[list[int]]:
+    ids, mask = _left_pad(prompts, device)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    answers: list[list[int]] = [[] for _ in prompts]
+    alive = list(range(len(prompts)))
+    cache: Any = None
+    for count in range(1, sampling.max_new_tokens + 1):
+        logits, cache = step(ids, mask, positions, cache)
+        chosen = sampling.choose(logits)
+        tokens = chosen.tolist()
+        for row, token in zip(alive, tokens):
+            answers[row].append(token)
+        going = [place for place, token in enumerate(tokens) if token not in stop]
+        if not going or count == sampling.max_new_tokens:
+            break
+        positions = positions[:, -1:] + 1
+        if len(going) < len(alive):
+            keep = torch.tensor(going, device=device)
+            alive = [alive[place] for place in going]
+            chosen, mask, positions = chosen[keep], mask[keep], positions[keep]
+            cache.batch_select_indices(keep)
+        ids = chosen.unsqueeze(-1)
+        mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=-1)
+    return answers
+
+
+def _left_pad(prompts: list[tuple[int, ...]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids padded on the left with 0, which the mask hides, and that mask; both (B, longest prompt) int64."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([(0,) * (width - len(prompt)) + tuple(prompt) for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    return ids, mask

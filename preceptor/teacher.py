@@ -1,0 +1,217 @@
+"""Teachers: what informs. Each turns a batch into soft targets and is never trained.
+
+Targets have the batch's leading shape (B, T), or are packed: one row for each position that ``batch.predicts`` selects, in
+row-major order.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence as Listed
+from dataclasses import fields, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from preceptor.data import Batch, Sequence
+from preceptor.errors import UserError
+from preceptor.knowledge import Head, HiddenTargets, LogitTargets, SoftTargets
+from preceptor.models import LanguageModel, in_evaluation, project
+
+CHUNK_BYTES = 64 << 20  # of float32 logits that an ensemble holds for one of its teachers
+
+
+class Teacher(Protocol):
+    """Anything that says soft targets for a batch."""
+
+    def __call__(self, batch: Batch) -> SoftTargets:
+        """Soft targets with leading shape (B, T), or packed in the order of ``batch.predicts``."""
+        ...
+
+
+class StoredTargets(Protocol):
+    """A store of a teacher's soft targets, found by the content of token sequences (see ``preceptor.cache``)."""
+
+    def rows(self, sequences: Listed[Sequence]) -> SoftTargets:
+        """The packed rows of all response positions of the sequences, one sequence after the other."""
+        ...
+
+
+class FrozenTeacher:
+    """A language model that is no longer trained. Its parameters are frozen here, for good.
+
+    It speaks in its own precision: hand it a bfloat16 model to halve its memory.
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.model = model.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> HiddenTargets:
+        """Last hidden states (B, T, width) and the head that reads them; no logits are made here.
+
+        Raises:
+            UserError: somebody made a parameter of the teacher trainable again.
+        """
+        if any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise UserError("A parameter of the teacher is trainable: the teacher and the student must not share a model.")
+        with in_evaluation(self.model):
+            return self.model(batch, _say)
+
+
+class AdapterOff:
+    """A LoRA student with its adapter switched off: the base model teaches, without memory of its own.
+
+    Raises:
+        UserError: the student carries no adapter.
+    """
+
+    def __init__(self, student: LanguageModel) -> None:
+        if not student.adapted:
+            raise UserError("The student has no adapter to switch off: make it with `lora:rank=...`.")
+        self.student = student
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> HiddenTargets:
+        """Last hidden states (B, T, width) of the base model, and its head."""
+        with in_evaluation(self.student), self.student.model.disable_adapter():  # type: ignore[operator]
+            return self.student(batch, _say)
+
+
+class CachedTeacher:
+    """What a teacher said once, read from a store; the teacher itself need not be loaded."""
+
+    def __init__(self, store: StoredTargets) -> None:
+        self.store = store
+
+    def __call__(self, batch: Batch) -> SoftTargets:
+        """Packed rows in the order of ``batch.predicts``, on the batch's device."""
+        targets = self.store.rows(batch.sequences())
+        return moved(targets, batch.input_ids.device)
+
+
+class MomentumTeacher:
+    """An exponential moving average of a student: θ_T ← m θ_T + (1 - m) θ_S (Tarvainen & Valpola, 2017, eq. 1).
+
+    The copy is kept in float32: in bfloat16 an average with m near 1 would stand still. Buffers are copied as they are.
+    ``model`` is the copy, for modules that are not language models. With ``Run.remember`` it survives a resume.
+
+    Args:
+        student: the module to follow; it is copied, not shared.
+        momentum: m, in [0, 1].
+
+    Raises:
+        UserError: the momentum is outside [0, 1].
+    """
+
+    def __init__(self, student: nn.Module, momentum: float) -> None:
+        self.momentum = _checked(momentum)
+        self.model = copy.deepcopy(student).float().eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> HiddenTargets:
+        """Last hidden states (B, T, width) of the averaged language model, and its head."""
+        targets: HiddenTargets = self.model(batch, _say)
+        return targets
+
+    @torch.no_grad()
+    def follow(self, student: nn.Module, momentum: float | None = None) -> None:
+        """Take one step towards the student, wrapped (DDP) or not; ``momentum`` replaces the fixed one for this step."""
+        share = 1.0 - (self.momentum if momentum is None else _checked(momentum))
+        own, others = list(self.model.parameters()), list(student.parameters())
+        torch._foreach_lerp_(own, [other.detach().to(mine) for mine, other in zip(own, others)], share)
+        for mine, other in zip(self.model.buffers(), student.buffers()):
+            mine.copy_(other)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Parameters and buffers by name, each tied tensor once."""
+        return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what ``state_dict`` gave."""
+        for name, tensor in self.state_dict().items():
+            tensor.copy_(state[name])
+
+
+class Ensemble:
+    """Several teachers of one vocabulary as one: the weighted mean of their probabilities at temperature 1.
+
+    The mean has no head of its own, so it is held as log-probabilities: rows x vocabulary x 4 bytes of the positions that
+    predict a response token, and one chunk of ``CHUNK_BYTES`` more while it is made.
+
+    Args:
+        teachers: at least one; each says hidden states or logits.
+        weights: one for each teacher, positive; they are divided by their sum. Equal by default.
+
+    Raises:
+        UserError: no teachers, or weights that do not fit them.
+    """
+
+    def __init__(self, teachers: Listed[Teacher], weights: Listed[float] | None = None) -> None:
+        shares = [1.0] * len(teachers) if weights is None else list(weights)
+        if not teachers or len(shares) != len(teachers) or min(shares) <= 0:
+            raise UserError(f"An ensemble of {len(teachers)} teachers needs as many positive weights, not {shares}.")
+        self.teachers = list(teachers)
+        self.log_weights = [math.log(share / sum(shares)) for share in shares]
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> LogitTargets:
+        """Log-probabilities (rows, vocabulary), packed in the order of ``batch.predicts``, in float32."""
+        predicts = batch.predicts
+        mean: Tensor | None = None
+        for teacher, log_weight in zip(self.teachers, self.log_weights):
+            mean = _add(mean, teacher(batch), predicts, log_weight)
+        assert mean is not None
+        return LogitTargets(mean)
+
+
+def moved(targets: SoftTargets, device: torch.device) -> SoftTargets:
+    """The same targets on a device."""
+    parts = {field.name: getattr(targets, field.name) for field in fields(targets)}
+    return replace(targets, **{name: _on(part, device) for name, part in parts.items()})
+
+
+def _on(part: Tensor | Head, device: torch.device) -> Tensor | Head:
+    if isinstance(part, Tensor):
+        return part.to(device)
+    return replace(part, weight=part.weight.to(device), bias=None if part.bias is None else part.bias.to(device))
+
+
+def _say(hidden: Tensor, head: Head) -> HiddenTargets:
+    """Hidden states with the head. A sharded head is gathered whole: it is read after the forward that had it gathered."""
+    if isinstance(head.weight, DTensor):
+        bias = head.bias.full_tensor() if isinstance(head.bias, DTensor) else head.bias
+        head = replace(head, weight=head.weight.full_tensor(), bias=bias)
+    return HiddenTargets(hidden, replace(head, weight=head.weight.detach()))
+
+
+def _add(mean: Tensor | None, targets: SoftTargets, predicts: Tensor, log_weight: float) -> Tensor:
+    """log(exp(mean) + weight * p) for one more teacher, in place, in chunks of rows."""
+    if isinstance(targets, HiddenTargets):
+        said, head, size = targets.hidden, targets.head, targets.head.weight.shape[0]
+    elif isinstance(targets, LogitTargets):
+        said, head, size = targets.logits, None, targets.logits.shape[-1]
+    else:
+        raise UserError(f"An ensemble averages dense targets, not {type(targets).__name__}: use teachers that are loaded.")
+    packed = said[predicts] if said.dim() == 3 else said
+    if mean is None:
+        mean = torch.full((len(packed), size), -torch.inf, device=packed.device)
+    if mean.shape[-1] != size:
+        raise UserError(f"The teachers of an ensemble have {mean.shape[-1]} and {size} tokens: choose one family.")
+    step = max(1, CHUNK_BYTES // (4 * size))
+    for start in range(0, len(packed), step):
+        rows = packed[start : start + step]
+        logits = rows if head is None else project(rows, head)
+        into = mean[start : start + step]
+        torch.logaddexp(into, logits.float().log_softmax(-1).add_(log_weight), out=into)
+    return mean
+
+
+def _checked(momentum: float) -> float:
+    if not 0 <= momentum <= 1:
+        raise UserError(f"The teacher's momentum is {momentum}; it must lie in [0, 1].")
+    return momentum
