@@ -1,0 +1,146 @@
+"""Two processes under `accelerate launch` (gloo, CPU) equal one: DDP, FSDP2, uneven batches, checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+
+from preceptor.training import Run, Training
+
+WORDS = 29
+# 21 examples in batches of 8 leave 5, and 17 in batches of 8 leave 1: a process then has none.
+SETTINGS = Training(epochs=2, batch_size=8, accumulate=3, learning_rate=0.02, weight_decay=0.1, save_every=2, warmup=2)
+
+
+class Reader(nn.Module):
+    """A small causal transformer with tied embeddings; its loss is taken inside ``forward``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(WORDS, 16)
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True) for _ in range(2)
+        )
+        self.head = nn.Linear(16, WORDS, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.embedding(ids)
+        mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[1]).to(hidden)
+        for layer in self.layers:
+            hidden = layer(hidden, src_mask=mask, is_causal=True)
+        return self.head(hidden)
+
+
+def learn(folder: Path, examples: int, training: Training, *, resume: bool, stop_at: int | None) -> None:
+    torch.manual_seed(11)
+    student, teacher = Reader(), Reader().requires_grad_(False).eval()
+    for parameter in student.parameters():
+        # DDP and FSDP2 take the first process's weights, whatever the others were made with.
+        parameter.data += int(os.environ.get("RANK", "0"))
+    generator = torch.Generator().manual_seed(5)
+    data = torch.randint(0, WORDS, (examples, 9), generator=generator)
+    lengths = torch.randint(2, 9, (examples,), generator=generator)
+    run = Run(training, student=student, folder=folder, resume=resume)
+    teacher = run.shard(teacher)
+    if "RANK" in os.environ:
+        assert run.accelerator.num_processes == 2
+        kind = FSDPModule if training.shard else DistributedDataParallel
+        assert isinstance(run.student, kind)
+        assert isinstance(teacher, FSDPModule) == training.shard
+    for rows in run.batches(range(examples), list):
+        if run.step == stop_at:
+            break
+        ids, labels = data[rows, :-1], data[rows, 1:].clone()
+        labels[torch.arange(8)[None] >= lengths[rows][:, None]] = -100
+        logits, said = run.student(ids), teacher(ids).softmax(-1)
+        nll = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        soft = -(said * logits.log_softmax(-1)).sum(-1)[labels >= 0].sum()
+        run.update(nll + soft, (labels >= 0).sum(), {"soft": soft})
+    else:
+        run.finish()
+        state = run.state_dict()
+        if run.is_main:
+            save_file({name: value.clone() for name, value in state.items()}, folder / "student.safetensors")
+
+
+def launch(folder: Path, examples: int, training: Training, **more: Any) -> None:
+    """Runs `learn` in two processes."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
+    command += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", __file__]
+    settings = json.dumps(
+        {"folder": str(folder), "examples": examples, "training": dataclasses.asdict(training), **more}
+    )
+    root = str(Path(__file__).parent.parent)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*command, settings], env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def alone(folder: Path, examples: int, training: Training) -> None:
+    learn(folder, examples, training, resume=False, stop_at=None)
+
+
+def same(folder: Path, other: Path) -> None:
+    one, two = load_file(folder / "student.safetensors"), load_file(other / "student.safetensors")
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-6)
+    for line, expected in zip(lines(folder), lines(other), strict=True):
+        for name in ("step", "loss", "soft", "count", "gradient_norm", "learning_rate"):
+            assert line[name] == pytest.approx(expected[name], rel=1e-5), name
+
+
+def lines(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("shard", [False, True], ids=["ddp", "fsdp2"])
+def test_two_processes_equal_one(tmp_path: Path, shard: bool) -> None:
+    training = dataclasses.replace(SETTINGS, shard=shard)
+    alone(tmp_path / "one", 21, training)
+    launch(tmp_path / "two", 21, training)
+    assert len(lines(tmp_path / "one")) == 6
+    same(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.parametrize("shard", [False, True], ids=["ddp", "fsdp2"])
+def test_two_processes_resume(tmp_path: Path, shard: bool) -> None:
+    training = dataclasses.replace(SETTINGS, shard=shard)
+    alone(tmp_path / "one", 17, training)
+    launch(tmp_path / "two", 17, training, stop_at=3)
+    assert not (tmp_path / "two" / "student.safetensors").exists()
+    launch(tmp_path / "two", 17, training, resume=True)
+    same(tmp_path / "two", tmp_path / "one")
+
+
+def test_what_two_processes_saved_one_takes_up(tmp_path: Path) -> None:
+    training = dataclasses.replace(SETTINGS, shard=True)
+    alone(tmp_path / "one", 17, training)
+    launch(tmp_path / "two", 17, training, stop_at=3)
+    learn(tmp_path / "two", 17, training, resume=True, stop_at=None)
+    same(tmp_path / "two", tmp_path / "one")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    given = json.loads(sys.argv[1])
+    learn(
+        Path(given["folder"]),
+        given["examples"],
+        Training(**{**given["training"], "trackers": ()}),
+        resume=given.get("resume", False),
+        stop_at=given.get("stop_at"),
+    )
