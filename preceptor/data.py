@@ -1,7 +1,7 @@
 """Text data: examples, their token sequences with response masks, and batches.
 
-One function, ``encode``, serves training, caching and evaluation: the chat template is applied once, and a token belongs to
-a response from the first character that the assistant says to its end-of-turn token, that included.
+One function, ``encode``, serves training, caching and evaluation: the chat template is applied once, and a token
+belongs to a response from the first character that the assistant says to its end-of-turn token, that included.
 
 A tokenizer without a chat template (a base model's) gets ``PLAIN_TEMPLATE``.
 """
@@ -23,12 +23,22 @@ from preceptor.prompts import make_prompts
 from preceptor.readers import Example, Message, read
 
 __all__ = [
-    "Batch", "Example", "Message", "PLAIN_TEMPLATE", "Sequence", "collate", "encode", "encode_prompt", "make_prompts", "read",
+    "PLAIN_TEMPLATE",
+    "Batch",
+    "Example",
+    "Message",
+    "Sequence",
+    "collate",
+    "encode",
+    "encode_prompt",
+    "make_prompts",
+    "read",
     "sequence_key",
-]  # fmt: skip
+]
 
 PLAIN_TEMPLATE = (
-    "{{ bos_token or '' }}{% for message in messages %}### {{ message['role'] | capitalize }}:\n{{ message['content'] }}"
+    "{{ bos_token or '' }}{% for message in messages %}"
+    "### {{ message['role'] | capitalize }}:\n{{ message['content'] }}"
     "{{ (eos_token or '') if message['role'] == 'assistant' else '' }}\n\n{% endfor %}"
     "{% if add_generation_prompt %}### Assistant:\n{% endif %}"
 )
@@ -76,7 +86,9 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on a device."""
-        return Batch(*(part.to(device, non_blocking=True) for part in (self.input_ids, self.attention_mask, self.response)))
+        return Batch(
+            *(part.to(device, non_blocking=True) for part in (self.input_ids, self.attention_mask, self.response))
+        )
 
     def sequences(self) -> list[Sequence]:
         """The sequences without padding."""
@@ -114,7 +126,8 @@ def encode(examples: Iterable[Example], tokenizer: Any, *, max_length: int) -> l
     the end; an example without a response token left is dropped, with a warning that counts them.
 
     Raises:
-        UserError: no example has a response (or none is left after truncation), or the template changes what it has said
+        UserError: no example has a response (or none is left after truncation), or the template changes what it has
+        said
             when the conversation goes on, so that a turn's place cannot be told.
     """
     listed = list(examples)
@@ -132,13 +145,13 @@ def encode(examples: Iterable[Example], tokenizer: Any, *, max_length: int) -> l
     kept = [sequence for sequence in cut if any(sequence.response)]
     if not kept:
         raise UserError(
-            f"The response mask is empty after truncation to {max_length} tokens: every prompt is as long as that; raise "
-            "max_length or shorten the prompts."
+            f"The response mask is empty after truncation to {max_length} tokens: every prompt is as long as that; "
+            "raise max_length or shorten the prompts."
         )
     if len(kept) < len(listed):
         warnings.warn(
-            f"{len(listed) - len(kept)} of {len(listed)} examples were dropped: no response is left within {max_length} "
-            "tokens.",
+            f"{len(listed) - len(kept)} of {len(listed)} examples were dropped: no response is left within "
+            f"{max_length} tokens.",
             stacklevel=2,
         )
     return kept
@@ -162,7 +175,8 @@ def render(messages: Listed[Message], tokenizer: Any, *, speak: bool = False) ->
         )
     except Exception as error:  # whatever a template written by others raises
         raise UserError(
-            f"The chat template refuses a conversation with the roles {[message['role'] for message in messages]}: {error}."
+            f"The chat template refuses a conversation with the roles {', '.join(item['role'] for item in messages)} "
+            f"({error}): mend the data, or set another template."
         ) from error
     return str(text)
 
@@ -225,7 +239,7 @@ def _spans(messages: Listed[Message], text: str, tokenizer: Any) -> list[tuple[i
         if not (text.startswith(before) and text.startswith(through) and through.startswith(before)) or said < 0:
             raise UserError(
                 f"The chat template does not keep turn {index + 1} as it was when the conversation goes on, so the "
-                "response's place cannot be told: give conversations of one answer each, or set a template that keeps it."
+                "response's place cannot be told: give conversations of one answer each, or another template."
             )
         stop = said + len(content)
         ends = [place + len(token) for token in special if (place := through.find(token, stop)) >= 0]

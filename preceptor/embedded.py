@@ -1,7 +1,7 @@
 """Models that come as Python packages, found without a network, and GGUF files converted once.
 
-A GGUF file holds quantised weights; turning them back into floating point takes ten seconds or more. The first load writes
-the result as safetensors into the user's cache folder, the next ones read that.
+A GGUF file holds quantised weights; turning them back into floating point takes ten seconds or more. The first load
+writes the result as safetensors into the user's cache folder, the next ones read that.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def find(embedded: tuple[str, str, str, str]) -> Path:
 @contextmanager
 def without_progress_bars() -> Iterator[None]:
     """Keep transformers' loading bars out of our own output, and leave its setting as it was."""
-    shown = logging.is_progress_bar_enabled()  # type: ignore[no-untyped-call]
+    shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
@@ -95,7 +95,7 @@ def forget_quantisation(model: PreTrainedModel) -> None:
     for holder in (model.config, model.config.get_text_config()):
         if hasattr(holder, "quantization_config"):
             del holder.quantization_config
-    model.hf_quantizer = None
+    model.hf_quantizer = None  # type: ignore[assignment]
     model.config.name_or_path = ""
 
 

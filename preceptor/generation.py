@@ -11,13 +11,31 @@ from torch import Tensor
 
 from preceptor.errors import UserError
 
-Step = Callable[[Tensor, Tensor, Tensor, Any], tuple[Tensor, Any]]
-"""``(input_ids [B, T], attention_mask [B, S], position_ids [B, T], cache) -> (logits [B, V] of the last position, cache)``."""
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """What a model goes on from: tokens not yet read, and the cache of those before them.
+
+    ``ids`` and ``positions``: (B, T) int64. ``mask``: (B, S) int64 over cached and new tokens, 0 at the padding on the
+    left. ``cache``: as the model gave it, None at the start.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    positions: Tensor
+    cache: Any
+
+
+Step = Callable[[Prefix], tuple[Tensor, Any]]
+"""From a prefix to the logits (B, vocabulary) of the token after it, and the cache that holds it."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. Temperature 0 takes the likeliest; ``top_k`` 0 and ``top_p`` 1 keep the whole vocabulary."""
+    """How tokens are drawn.
+
+    Temperature 0 takes the likeliest token; ``top_k`` 0 and ``top_p`` 1 keep the whole vocabulary.
+    """
 
     max_new_tokens: int
     temperature: float = 1.0
@@ -92,7 +110,7 @@ def _sample_batch(
     alive = list(range(len(prompts)))
     cache: Any = None
     for count in range(1, sampling.max_new_tokens + 1):
-        logits, cache = step(ids, mask, positions, cache)
+        logits, cache = step(Prefix(ids, mask, positions, cache))
         chosen = sampling.choose(logits)
         tokens = chosen.tolist()
         for row, token in zip(alive, tokens):

@@ -10,18 +10,19 @@ import copy
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterator, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from preceptor import embedded
 from preceptor.errors import UserError
-from preceptor.generation import Sampling, sample
+from preceptor.generation import Prefix, Sampling, sample
 from preceptor.knowledge import Head
 from preceptor.saving import write_model
 
@@ -36,8 +37,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 class LanguageModel(nn.Module):
     """A causal model with its tokenizer.
 
-    ``model``: the transformers model, or the PEFT model around it. ``tokenizer``: its tokenizer. ``vocabulary``: how many
-    ids the tokenizer has; rows of the head beyond it are padding and are sliced off wherever logits are made.
+    ``model``: the transformers model, or the PEFT model around it. ``tokenizer``: its tokenizer. ``vocabulary``: how
+    many ids the tokenizer has; rows of the head beyond it are padding and are sliced off wherever logits are made.
 
     Raises:
         UserError: the tokenizer has more ids than the head has rows, or the model has no output head.
@@ -49,21 +50,21 @@ class LanguageModel(nn.Module):
         self.tokenizer = tokenizer
         self.vocabulary = 1 + max(tokenizer.get_vocab().values())
         self.scale, self.softcap = _head_facts(self.causal.config.get_text_config().to_dict())
-        output = self.causal.get_output_embeddings()
+        output: Any = self.causal.get_output_embeddings()  # type: ignore[no-untyped-call]
         if output is None:
             raise UserError(f"{type(self.causal).__name__} has no output head: give a causal language model.")
         self.rows = int(output.weight.shape[0])
         if self.rows < self.vocabulary:
             raise UserError(
-                f"The tokenizer has {self.vocabulary} ids but the model's head only {self.rows} rows: use the tokenizer "
-                "that belongs to the model, or resize its embeddings."
+                f"The tokenizer has {self.vocabulary} ids but the model's head only {self.rows} rows: use the "
+                "tokenizer that belongs to the model, or resize its embeddings."
             )
 
     @property
     def causal(self) -> PreTrainedModel:
         """The transformers model itself, under a PEFT wrapper where there is one."""
         inner = self.model
-        return inner if isinstance(inner, PreTrainedModel) else inner.get_base_model()  # type: ignore[operator, no-any-return]
+        return inner if isinstance(inner, PreTrainedModel) else inner.get_base_model()  # type: ignore[operator]
 
     @property
     def adapted(self) -> bool:
@@ -90,9 +91,10 @@ class LanguageModel(nn.Module):
 
     @property
     def head(self) -> Head:
-        """The output head as it is now, without padded rows. Under FSDP, read it inside the forward (an objective does)."""
-        output = self.causal.get_output_embeddings()
-        weight, bias = output.weight, output.bias if isinstance(output, nn.Linear) else None
+        """The output head as it is now, without padded rows; under FSDP, read it inside the forward."""
+        output: Any = self.causal.get_output_embeddings()  # type: ignore[no-untyped-call]
+        weight: Tensor = output.weight
+        bias: Tensor | None = output.bias if isinstance(output, nn.Linear) else None
         if self.rows > self.vocabulary:
             weight = weight[: self.vocabulary]
             bias = None if bias is None else bias[: self.vocabulary]
@@ -104,14 +106,22 @@ class LanguageModel(nn.Module):
     @overload
     def forward(self, batch: Batch, objective: Callable[[Tensor, Head], T]) -> T: ...
 
-    def forward(self, batch: Batch, objective: Callable[[Tensor, Head], T] | None = None) -> Tensor | T:
-        """The last hidden states (B, T, width), after the final norm, or what ``objective(hidden, head)`` makes of them.
+    @overload
+    def forward(self, batch: Prefix) -> tuple[Tensor, Any]: ...
 
-        An objective is evaluated inside this forward, so that DDP sees the loss's graph and FSDP has the head gathered.
-        Batches are padded on the right and attention is causal: no real position sees padding, so no mask is passed and
-        attention keeps its fast causal path.
+    def forward(
+        self, batch: Batch | Prefix, objective: Callable[[Tensor, Head], T] | None = None
+    ) -> Tensor | T | tuple[Tensor, Any]:
+        """The last hidden states (B, T, width), after the final norm, or what the objective makes of them.
+
+        ``objective(hidden, head)`` is evaluated inside this forward, so that DDP sees the loss's graph and FSDP has the
+        head gathered. Batches are padded on the right and attention is causal: no real position sees padding, so no mask
+        is passed and attention keeps its fast causal path. A ``Prefix`` (while sampling) gives the logits after it, and
+        its cache.
         """
-        hidden = self.causal.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        if isinstance(batch, Prefix):
+            return self._continue(batch)
+        hidden: Tensor = self.causal.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
         return hidden if objective is None else objective(hidden, self.head)
 
     def generate(
@@ -127,16 +137,15 @@ class LanguageModel(nn.Module):
         """Continue every prompt: the new ids only, with the end-of-turn token kept. Temperature 0 is greedy.
 
         Draws come from torch's global generator. Exactly the model's distribution at that temperature is sampled: the
-        checkpoint's own generation settings (repetition penalty, top-p) are not applied, except its stop tokens.
+        checkpoint's own generation settings (repetition penalty, top-p) are not applied, except its stop tokens. One
+        sharded by FSDP is gathered whole on each process meanwhile, so that processes may sample different lengths.
 
         Raises:
             UserError: a setting is out of its interval, or a prompt is empty.
         """
         sampling = Sampling(max_new_tokens, temperature, top_k, top_p)
-        with torch.no_grad(), in_evaluation(self):
-            return sample(
-                self._step, prompts, sampling, stop=self.stop_ids, batch_size=batch_size, device=self.device
-            )
+        with torch.no_grad(), in_evaluation(self), gathered(self):
+            return sample(self, prompts, sampling, stop=self.stop_ids, batch_size=batch_size, device=self.device)
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -146,27 +155,68 @@ class LanguageModel(nn.Module):
         listed = list(ends) if isinstance(ends, (list, tuple)) else [ends]
         return frozenset(int(token) for token in [*listed, self.tokenizer.eos_token_id] if token is not None)
 
-    def _step(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    def _continue(self, prefix: Prefix) -> tuple[Tensor, Any]:
         told = self.causal.base_model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            input_ids=prefix.ids,
+            attention_mask=prefix.mask,
+            position_ids=prefix.positions,
+            past_key_values=prefix.cache,
+            use_cache=True,
         )
         return project(told.last_hidden_state[:, -1], self.head), told.past_key_values
 
-    def save(self, folder: str | Path, *, card: Mapping[str, object] | None = None) -> None:
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        card: Mapping[str, object] | None = None,
+        state: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Write the model, its tokenizer and a model card; ``AutoModelForCausalLM.from_pretrained`` loads the folder.
 
-        A LoRA student is written merged (a copy is merged, so this takes the model's memory once more), with the adapter
-        alone in ``adapter/``. The folder appears whole or not at all; an older model there is replaced.
+        A LoRA student is written merged (a copy is merged, so this takes the model's memory once more), with the
+        adapter alone in ``adapter/``. The folder appears whole or not at all; an older model there is replaced.
 
         Args:
             folder: where to write.
             card: what the model card states of how the model was made, in the order given ("teacher": ..., ...).
+            state: this module's whole state, where its own tensors are sharded (``Run.state_dict()``).
 
         Raises:
             UserError: the folder holds something else than a model, or cannot be written (no permission, disk full).
         """
-        merged = copy.deepcopy(self.model).merge_and_unload() if self.adapted else self.model  # type: ignore[operator]
-        write_model(Path(folder), merged, self.tokenizer, adapter=self.model if self.adapted else None, card=card or {})
+        facts = card or {}
+        inner = None if state is None else {name.removeprefix("model."): value for name, value in state.items()}
+        if not self.adapted:
+            write_model(Path(folder), self.causal, self.tokenizer, card=facts, state=inner)
+            return
+        adapter: Any = self.model if inner is None else self._whole(inner)
+        merged = copy.deepcopy(adapter).merge_and_unload()
+        write_model(Path(folder), merged, self.tokenizer, card=facts, adapter=adapter)
+
+    def _whole(self, state: Mapping[str, Tensor]) -> nn.Module:
+        """An unsharded copy of an adapted model with this state."""
+        from peft import get_peft_model
+
+        base = AutoModelForCausalLM.from_config(self.causal.config)  # type: ignore[no-untyped-call]
+        copied: nn.Module = get_peft_model(base, self.model.peft_config["default"])  # type: ignore[index, arg-type]
+        copied.load_state_dict(state)
+        return copied
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Every FSDP unit of a module whole inside; sharded again after, and from then on after each forward as well."""
+    units = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.set_reshard_after_forward(True, recurse=False)
+            unit.reshard()
 
 
 def project(hidden: Tensor, head: Head) -> Tensor:
@@ -223,7 +273,7 @@ def load_encoder(name: str) -> tuple[PreTrainedModel, Any]:
     if name == embedded.ENCODER[0]:
         name = str(embedded.find(embedded.ENCODER))
     model, tokenizer = _from_pretrained(AutoModel, name, torch.float32)
-    return model.eval(), tokenizer
+    return model.eval(), tokenizer  # type: ignore[no-untyped-call]
 
 
 def _from_pretrained(kind: Any, name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
@@ -264,7 +314,7 @@ def _check_folder(path: Path) -> None:
 
 
 def _check_head(model: LanguageModel, name: str) -> None:
-    """Hidden states and head must give the model's own logits: an unknown scale or cap would change every loss silently."""
+    """Hidden states and head must give the model's own logits: an unknown scale would change every loss silently."""
     ids = torch.arange(min(8, model.vocabulary), device=model.device).unsqueeze(0)
     with torch.no_grad(), in_evaluation(model):
         own = model.causal(input_ids=ids, use_cache=False).logits[..., : model.vocabulary].float()
@@ -273,8 +323,8 @@ def _check_head(model: LanguageModel, name: str) -> None:
     loose = 1e-3 if model.head.weight.dtype == torch.float32 else 5e-2
     if not torch.allclose(own, ours, rtol=loose, atol=loose * float(own.abs().max())):
         raise UserError(
-            f"The output head of {name} ({type(model.causal).__name__}) does more than weight, bias, scale and soft cap: "
-            "choose another model, or report its class."
+            f"The output head of {name} ({type(model.causal).__name__}) does more than weight, bias, scale and soft "
+            "cap: choose another model, or report its class."
         )
 
 
@@ -300,8 +350,8 @@ def same_tokenizer(a: LanguageModel, b: LanguageModel) -> Literal["identical", "
         where = next(index for index in ids if first.get(index) != second.get(index))
         raise UserError(
             f"The tokenizers differ ({len(first)} and {len(second)} tokens), first at id {where}: {first.get(where)!r} "
-            f"against {second.get(where)!r}; choose a student of the teacher's family, or `fresh:layers=...`, which takes "
-            "the teacher's tokenizer."
+            f"against {second.get(where)!r}; choose a student of the teacher's family, or `fresh:layers=...`, which "
+            "takes the teacher's tokenizer."
         )
     if template_hash(a.tokenizer) != template_hash(b.tokenizer):
         warnings.warn("The two models have the same tokens but different chat templates.", stacklevel=2)

@@ -1,8 +1,8 @@
 """Readers for the shapes in which text data comes: JSON Lines, JSON, Parquet, folders of these, and the hub.
 
-The shape of a record is told by its columns: ``messages`` · ``conversations`` (ShareGPT) · ``prompt`` with ``completion``
-(or ``response``) · ``prompt`` alone · ``chosen`` and ``rejected`` · ``instruction``, ``input``, ``output`` (Alpaca) ·
-``question`` and ``answer`` · ``text``.
+The shape of a record is told by its columns: ``messages`` · ``conversations`` (ShareGPT) · ``prompt`` with
+``completion`` (or ``response``) · ``prompt`` alone · ``chosen`` and ``rejected`` · ``instruction``, ``input``,
+``output`` (Alpaca) · ``question`` and ``answer`` · ``text``.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ Message = dict[str, str]
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant", "model": "assistant"}
 ENDINGS = (".jsonl", ".json", ".parquet")
 SHAPES = (
-    "messages, conversations, prompt + completion, prompt, chosen + rejected, instruction + output, question + answer, or "
-    "text"
+    "messages, conversations, prompt + completion, prompt, chosen + rejected, instruction + output, question + answer, "
+    "or text"
 )
 
 
@@ -57,7 +57,9 @@ def read(source: str, *, split: str = "train", limit: int | None = None) -> list
     elif path.is_file():
         located = _file(path)
     elif path.suffix in ENDINGS or source.startswith((".", "/", "~")):
-        raise UserError(f"There is no data at {source}: give a .jsonl, .json or .parquet file, a folder, or a hub name.")
+        raise UserError(
+            f"There is no data at {source}: give a .jsonl, .json or .parquet file, a folder, or a hub name."
+        )
     else:
         located = _hub(source, split)
     examples = [_example(record, where) for where, record in islice(located, limit)]
@@ -101,7 +103,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _json(path: Path) -> Iterator[tuple[str, Any]]:
-    """A list of records, one record, or an object whose only list holds them; several lines of JSON are read as such."""
+    """A list of records, one record, or an object whose only value lists them; JSON Lines are read as such."""
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig") or "[]")
     except json.JSONDecodeError as error:
@@ -123,7 +125,7 @@ def _json(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    from pyarrow import ArrowException, parquet
+    from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]
 
     try:
         for number, record in enumerate(_rows(parquet.ParquetFile(path)), start=1):
@@ -186,7 +188,9 @@ def _by_columns(record: Mapping[str, Any], present: set[str], where: str) -> Exa
 
 
 def _alpaca(record: Mapping[str, Any], present: set[str], where: str) -> Example:
-    asked = "\n\n".join(_string(record[key], where) for key in ("instruction", "input") if key in present and record[key])
+    asked = "\n\n".join(
+        _string(record[key], where) for key in ("instruction", "input") if key in present and record[key]
+    )
     answers = [record[key] for key in ("output", "response") if key in present]
     system = _messages(record["system"], where, role="system") if "system" in present and record["system"] else ()
     told = _messages(answers[0], where, role="assistant") if answers else ()
@@ -194,7 +198,7 @@ def _alpaca(record: Mapping[str, Any], present: set[str], where: str) -> Example
 
 
 def _preference(record: Mapping[str, Any], where: str) -> Example:
-    """Chosen and rejected answers; without a prompt column, both are whole conversations that differ in the last turn."""
+    """Chosen and rejected answers; without a prompt column, conversations that differ in the last turn."""
     if record.get("prompt") is not None:
         asked = _messages(record["prompt"], where, role="user")
         chosen = _messages(record["chosen"], where, role="assistant")

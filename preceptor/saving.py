@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from preceptor.embedded import forget_quantisation, without_progress_bars
@@ -17,9 +17,17 @@ from preceptor.errors import UserError
 
 
 def write_model(
-    folder: Path, model: PreTrainedModel, tokenizer: Any, *, adapter: nn.Module | None, card: Mapping[str, object]
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    *,
+    card: Mapping[str, object],
+    state: dict[str, Tensor] | None = None,
+    adapter: nn.Module | None = None,
 ) -> None:
     """Write a model folder whole or not at all; an older model folder in its place is replaced.
+
+    ``state`` replaces the model's own tensors (where those are sharded); ``adapter`` is written into ``adapter/``.
 
     Raises:
         UserError: the folder holds something else than a model, or cannot be written.
@@ -31,7 +39,7 @@ def write_model(
         beside.mkdir(parents=True)
         forget_quantisation(model)
         with without_progress_bars():
-            model.save_pretrained(beside)
+            model.save_pretrained(beside, state_dict=state)
         tokenizer.save_pretrained(beside)
         if adapter is not None:
             adapter.save_pretrained(beside / "adapter")  # type: ignore[operator]
@@ -40,7 +48,9 @@ def write_model(
         _replace(folder, beside)
     except OSError as error:
         what = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-        raise UserError(f"The model cannot be saved to {folder} ({what}): make room there or choose another.") from error
+        raise UserError(
+            f"The model cannot be saved to {folder} ({what}): make room there or choose another."
+        ) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -65,8 +75,8 @@ def model_card(name: str, model: PreTrainedModel, card: Mapping[str, object]) ->
         "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n'
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n```\n\n'
-        "## Limits\n\nA student inherits its teacher's mistakes and biases and adds its own; it is no better tested than "
-        "the figures above and those of its run say. The licences of the teacher and of the data apply to it.\n"
+        "## Limits\n\nA student inherits its teacher's mistakes and biases and adds its own; it is no better "
+        "tested than the figures above and those of its run say. The licences of teacher and data apply to it.\n"
     )
 
 

@@ -19,8 +19,8 @@ from preceptor.models import LanguageModel, load
 
 FORMS = (
     "teacher:layers=10 (evenly, first and last kept), teacher:layers=0,3,7 (these), "
-    "fresh:layers=4,hidden=192[,heads=,kv_heads=,intermediate=], lora:rank=8,alpha=16[,dropout=,base=NAME], or a model's "
-    "name or folder"
+    "fresh:layers=4,hidden=192[,heads=,kv_heads=,intermediate=], lora:rank=8,alpha=16[,dropout=,base=NAME], or a "
+    "model's name or folder"
 )
 
 
@@ -120,7 +120,8 @@ def _pruned(teacher: LanguageModel, keep: tuple[int, ...]) -> LanguageModel:
 def _stack(model: PreTrainedModel) -> str:
     """The name of the list of layers inside a model."""
     count = model.config.get_text_config().num_hidden_layers
-    lists = [name for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part) == count]
+    parts = ((name, part) for name, part in model.named_modules() if isinstance(part, nn.ModuleList))
+    lists: list[str] = [name for name, part in parts if len(part) == count]
     outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
     if len(outer) != 1:
         raise UserError(f"{type(model).__name__} has no single list of {count} layers to choose from: use `fresh:...`.")
@@ -159,7 +160,7 @@ def _fresh(teacher: LanguageModel, settings: dict[str, str]) -> LanguageModel:
     for name, value in sizes.items():
         setattr(config.get_text_config(), name, value)
     with embedded.without_progress_bars():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
     model.generation_config = copy.deepcopy(source.generation_config)
     return LanguageModel(model, copy.deepcopy(teacher.tokenizer))
 
@@ -175,8 +176,8 @@ def _sizes(text: Any, settings: dict[str, str]) -> dict[str, int]:
     kv_heads = _whole(settings.get("kv_heads", str(default)), "kv_heads")
     if hidden % heads or heads % kv_heads or (hidden // heads) % 2:
         raise UserError(
-            f"A fresh student of hidden={hidden}, heads={heads}, kv_heads={kv_heads} does not fit: hidden must be an even "
-            "multiple of heads, and heads a multiple of kv_heads."
+            f"A fresh student of hidden={hidden}, heads={heads}, kv_heads={kv_heads} does not fit: hidden must be an "
+            "even multiple of heads, and heads a multiple of kv_heads."
         )
     sizes = {"hidden_size": hidden, "num_attention_heads": heads}
     if known.get("num_key_value_heads"):
@@ -202,7 +203,7 @@ def _lora(teacher: LanguageModel, settings: dict[str, str], spec: str) -> Langua
         base, tokenizer = named.causal, named.tokenizer
     else:
         source = _plain(teacher)
-        base = (source if teacher.adapted else copy.deepcopy(source)).float()
+        base = (source if teacher.adapted else copy.deepcopy(source)).to(torch.float32)  # type: ignore[arg-type]
         tokenizer = copy.deepcopy(teacher.tokenizer)
     config = LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=float(dropout), target_modules="all-linear", task_type=TaskType.CAUSAL_LM

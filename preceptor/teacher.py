@@ -1,7 +1,7 @@
 """Teachers: what informs. Each turns a batch into soft targets and is never trained.
 
-Targets have the batch's leading shape (B, T), or are packed: one row for each position that ``batch.predicts`` selects, in
-row-major order.
+Targets have the batch's leading shape (B, T), or are packed: one row for each position that ``batch.predicts`` selects,
+in row-major order.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence as Listed
 from dataclasses import fields, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -57,9 +57,12 @@ class FrozenTeacher:
             UserError: somebody made a parameter of the teacher trainable again.
         """
         if any(parameter.requires_grad for parameter in self.model.parameters()):
-            raise UserError("A parameter of the teacher is trainable: the teacher and the student must not share a model.")
+            raise UserError(
+                "A parameter of the teacher is trainable: the teacher and the student must not share a model."
+            )
         with in_evaluation(self.model):
-            return self.model(batch, _say)
+            targets: HiddenTargets = self.model(batch, _say)
+        return targets
 
 
 class AdapterOff:
@@ -78,7 +81,8 @@ class AdapterOff:
     def __call__(self, batch: Batch) -> HiddenTargets:
         """Last hidden states (B, T, width) of the base model, and its head."""
         with in_evaluation(self.student), self.student.model.disable_adapter():  # type: ignore[operator]
-            return self.student(batch, _say)
+            targets: HiddenTargets = self.student(batch, _say)
+        return targets
 
 
 class CachedTeacher:
@@ -119,12 +123,12 @@ class MomentumTeacher:
 
     @torch.no_grad()
     def follow(self, student: nn.Module, momentum: float | None = None) -> None:
-        """Take one step towards the student, wrapped (DDP) or not; ``momentum`` replaces the fixed one for this step."""
+        """Take one step towards the student, wrapped (DDP) or not, with another momentum for this step if given."""
         share = 1.0 - (self.momentum if momentum is None else _checked(momentum))
-        own, others = list(self.model.parameters()), list(student.parameters())
-        torch._foreach_lerp_(own, [other.detach().to(mine) for mine, other in zip(own, others)], share)
-        for mine, other in zip(self.model.buffers(), student.buffers()):
-            mine.copy_(other)
+        for mine, other in zip(self.model.parameters(), student.parameters()):
+            mine.lerp_(other.detach().to(mine), share)
+        for kept, given in zip(self.model.buffers(), student.buffers()):
+            kept.copy_(given)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Parameters and buffers by name, each tied tensor once."""
@@ -140,8 +144,8 @@ class MomentumTeacher:
 class Ensemble:
     """Several teachers of one vocabulary as one: the weighted mean of their probabilities at temperature 1.
 
-    The mean has no head of its own, so it is held as log-probabilities: rows x vocabulary x 4 bytes of the positions that
-    predict a response token, and one chunk of ``CHUNK_BYTES`` more while it is made.
+    The mean has no head of its own, so it is held as log-probabilities: rows x vocabulary x 4 bytes of the positions
+    that predict a response token, and one chunk of ``CHUNK_BYTES`` more while it is made.
 
     Args:
         teachers: at least one; each says hidden states or logits.
@@ -171,8 +175,8 @@ class Ensemble:
 
 def moved(targets: SoftTargets, device: torch.device) -> SoftTargets:
     """The same targets on a device."""
-    parts = {field.name: getattr(targets, field.name) for field in fields(targets)}
-    return replace(targets, **{name: _on(part, device) for name, part in parts.items()})
+    parts: dict[str, Any] = {field.name: _on(getattr(targets, field.name), device) for field in fields(targets)}
+    return replace(targets, **parts)
 
 
 def _on(part: Tensor | Head, device: torch.device) -> Tensor | Head:
@@ -182,7 +186,7 @@ def _on(part: Tensor | Head, device: torch.device) -> Tensor | Head:
 
 
 def _say(hidden: Tensor, head: Head) -> HiddenTargets:
-    """Hidden states with the head. A sharded head is gathered whole: it is read after the forward that had it gathered."""
+    """Hidden states with the head; a sharded one is gathered whole, for it is read after the forward that had it."""
     if isinstance(head.weight, DTensor):
         bias = head.bias.full_tensor() if isinstance(head.bias, DTensor) else head.bias
         head = replace(head, weight=head.weight.full_tensor(), bias=bias)
@@ -196,7 +200,7 @@ def _add(mean: Tensor | None, targets: SoftTargets, predicts: Tensor, log_weight
     elif isinstance(targets, LogitTargets):
         said, head, size = targets.logits, None, targets.logits.shape[-1]
     else:
-        raise UserError(f"An ensemble averages dense targets, not {type(targets).__name__}: use teachers that are loaded.")
+        raise UserError(f"An ensemble averages dense targets, not {type(targets).__name__}: use loaded teachers.")
     packed = said[predicts] if said.dim() == 3 else said
     if mean is None:
         mean = torch.full((len(packed), size), -torch.inf, device=packed.device)
