@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from preceptor.errors import UserError
     from preceptor.losses.divergences import divergence
     from preceptor.models import LanguageModel, load
+    from preceptor.settings import Training
     from preceptor.student import make_student
     from preceptor.teacher import CachedTeacher, FrozenTeacher, Teacher
-    from preceptor.training import Run, Training
+    from preceptor.training import Run
 
 __version__ = "0.1.0"
 
@@ -43,7 +44,8 @@ _HOMES = {
     "preceptor.models": ("LanguageModel", "load"),
     "preceptor.student": ("make_student",),
     "preceptor.teacher": ("CachedTeacher", "FrozenTeacher", "Teacher"),
-    "preceptor.training": ("Run", "Training"),
+    "preceptor.settings": ("Training",),
+    "preceptor.training": ("Run",),
 }
 
 

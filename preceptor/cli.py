@@ -109,8 +109,8 @@ def _preset(recipe: ModuleType, words: list[str]) -> tuple[Any, list[str]]:
         at = words.index("--config")
         if at + 1 == len(words):
             raise UserError("--config needs a file: give the config.json of a run's folder.")
-        settings = import_module("preceptor.settings")
-        return settings.read_settings(recipe.Config, Path(words[at + 1])), words[:at] + words[at + 2 :]
+        configuration = import_module("preceptor.configuration")
+        return configuration.read_config(recipe.Config, Path(words[at + 1])), words[:at] + words[at + 2 :]
     if not chosen:
         return None, words
     preset = chosen[0].removeprefix("--")
