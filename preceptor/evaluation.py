@@ -1,0 +1,224 @@
+"""Evaluate a student beside its teacher, itself before it was taught, and a student taught by labels only.
+
+    preceptor evaluate runs/gkd/run
+
+The table goes to the terminal; ``result.json``, ``samples.json`` and the page ``report.html`` go beside the student.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tyro.conf import Positional
+
+from preceptor.data import Message, Sequence, encode, encode_prompt, make_prompts, read
+from preceptor.errors import UserError
+from preceptor.folder import write_whole
+from preceptor.lessons import Text, prepare, write_answers
+from preceptor.measures import (
+    LABELS_ONLY,
+    TAUGHT,
+    TEACHER,
+    UNTAUGHT,
+    LanguageMeasures,
+    OwnSampleMeasures,
+    Said,
+    ask,
+    evaluate_language,
+    evaluate_own_samples,
+    language_headline,
+    language_table,
+    samples,
+)
+from preceptor.models import LanguageModel, load, same_tokenizer
+from preceptor.report import write_report
+from preceptor.student import make_student
+from preceptor.table import Cell, Claim, Comparison, Table, Value, aggregate, compare, mean_of, ratio_of
+
+__all__ = [
+    "LABELS_ONLY", "TAUGHT", "TEACHER", "UNTAUGHT", "Cell", "Claim", "Comparison", "Config", "LanguageMeasures",
+    "OwnSampleMeasures", "Said", "Table", "Value", "aggregate", "ask", "compare", "evaluate_language",
+    "evaluate_own_samples", "language_headline", "language_table", "main", "mean_of", "ratio_of", "samples",
+    "write_result",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to evaluate, and on what."""
+
+    student: Positional[str]
+    """The student: a run's folder, a model's folder, a GGUF file, or a name."""
+    teacher: str = ""
+    """Its teacher, by name or folder; empty: the run's own, else ``smollm2``."""
+    untaught: str = ""
+    """The student before it was taught, as ``teacher:layers=10`` or a name; empty: as the run says, else no column."""
+    labels_only: str = ""
+    """A student that was taught by labels only, by name or folder; empty: no column."""
+    data: str = ""
+    """Held-out text with answers; empty: the run's own exam, else embedded prompts that the teacher answers."""
+    limit: int = 32
+    """At most so many held-out examples."""
+    max_length: int = 512
+    """Tokens of an example, prompt and answer together."""
+    answer_length: int = 64
+    """Tokens of an answer that a model writes: own samples, and those shown side by side."""
+    shown: int = 4
+    """Prompts whose answers are shown side by side."""
+    seed: int = 0
+    """Seed of everything that is drawn."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of all models."""
+    output: str = ""
+    """Folder of the table and the page; empty: the student's run, else ``runs/evaluate/NAME``."""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that leave nothing to evaluate."""
+        for name, size in (("limit", self.limit), ("answer_length", self.answer_length)):
+            if size < 1:
+                raise UserError(f"{name} is {size}; it must be at least 1.")
+        if self.max_length < 2:
+            raise UserError(f"max_length is {self.max_length}; it must be at least 2.")
+        if self.shown < 0:
+            raise UserError(f"shown is {self.shown}; it must be 0 or more.")
+
+
+def main(config: Config) -> Table:
+    """Evaluate, print the table, and write ``result.json``, ``samples.json`` and ``report.html``.
+
+    Raises:
+        UserError: a model cannot be loaded, tokenizers differ, or the data holds no answer.
+    """
+    run, settings = _run_of(config.student)
+    folder = _writable(Path(config.output) if config.output else run or _folder_named(config.student))
+    teacher = load(config.teacher or _text(settings, "teacher") or "smollm2", dtype=config.dtype)
+    student = load(_weights(config.student, run), dtype=config.dtype)
+    same_tokenizer(teacher, student)
+    students = {TAUGHT: student, **_others(config, settings, teacher)}
+    sequences = _held_out(config, run, teacher)
+    said = ask(teacher, sequences)
+    measures = {TEACHER: evaluate_language(teacher, None, sequences)}
+    own: dict[str, OwnSampleMeasures] = {}
+    prompts = [sequence.prompt for sequence in sequences if sequence.prompt]
+    for label in (UNTAUGHT, LABELS_ONLY, TAUGHT):
+        if label in students:
+            model = students[label]
+            measures[label] = evaluate_language(model, said, sequences)
+            length = config.answer_length
+            if prompts:
+                own[label] = evaluate_own_samples(model, teacher, prompts, max_new_tokens=length, seed=config.seed)
+    table = language_table(f"{config.student} beside its teacher", measures, own)
+    in_order = {label: teacher if label == TEACHER else students[label] for label in measures}
+    told = samples(in_order, _shown(config), max_new_tokens=config.answer_length) if config.shown else []
+    command = f"preceptor evaluate {config.student}"
+    write_result(folder, table, told, headline=language_headline(measures), command=command)
+    table.print()
+    print(f"The page: {write_report(folder)}")
+    return table
+
+
+def write_result(
+    folder: Path, table: Table, told: list[dict[str, Any]] | None = None, *, headline: str = "", command: str = ""
+) -> None:
+    """Write ``result.json`` (the table, a headline, the command that repeats it) and ``samples.json``.
+
+    Each is written whole or not at all; the ones that were there stay beside them as ``*.previous.json``.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    _writable(folder)
+    result: dict[str, Any] = {"table": table.json(), "headline": headline, "command": command}
+    _replace(folder / "result.json", {name: value for name, value in result.items() if value})
+    if told is not None:
+        _replace(folder / "samples.json", told)
+
+
+def _replace(path: Path, value: object) -> None:
+    if path.exists():
+        os.replace(path, path.with_suffix(".previous.json"))
+    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _writable(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made ({error.strerror}): choose another folder with --output.") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{folder} cannot be written (no permission): choose another folder with --output.")
+    return folder
+
+
+def _run_of(student: str) -> tuple[Path | None, dict[str, Any]]:
+    """The run's folder that a student lies in, if any, and its settings."""
+    path = Path(student)
+    for folder in (path, path.parent):
+        if (folder / "config.json").is_file() and (folder / "student").is_dir():
+            try:
+                settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise UserError(f"{folder / 'config.json'} is not JSON ({error}): is this a run's folder?") from error
+            return folder, settings if isinstance(settings, dict) else {}
+    return None, {}
+
+
+def _weights(student: str, run: Path | None) -> str:
+    return str(run / "student") if run is not None and Path(student) == run else student
+
+
+def _folder_named(student: str) -> Path:
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(student).stem or student).strip("-.") or "student"
+    return Path("runs") / "evaluate" / name
+
+
+def _text(settings: dict[str, Any], name: str) -> str:
+    value = settings.get(name, "")
+    return value if isinstance(value, str) else ""
+
+
+def _others(config: Config, settings: dict[str, Any], teacher: LanguageModel) -> dict[str, LanguageModel]:
+    seed = settings.get("training", {}).get("seed", config.seed)
+    spec = config.untaught or _text(settings, "student")
+    models: dict[str, LanguageModel] = {}
+    if spec:
+        models[UNTAUGHT] = make_student(spec, teacher, seed=seed).eval().to(next(teacher.parameters()).dtype)
+    if config.labels_only:
+        models[LABELS_ONLY] = load(config.labels_only, dtype=config.dtype)
+    for model in models.values():
+        same_tokenizer(teacher, model)
+    return models
+
+
+def _held_out(config: Config, run: Path | None, teacher: LanguageModel) -> list[Sequence]:
+    """The text of the evaluation: what was given, the run's own exam, or embedded prompts and the teacher's answers."""
+    if config.data:
+        examples = read(config.data, limit=config.limit)
+        return encode(examples, teacher.tokenizer, max_length=config.max_length)
+    lessons = None if run is None else run / "lessons.jsonl"
+    if lessons is not None and lessons.is_file():
+        return prepare(Text(), teacher, seed=config.seed, path=lessons).exam[: config.limit]
+    asked = make_prompts(config.limit, config.seed, held_out=True)
+    ids = [encode_prompt(messages, teacher.tokenizer) for messages in asked]
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        return write_answers(teacher, ids, config.answer_length, max_length=config.max_length)
+
+
+def _shown(config: Config) -> list[tuple[Message, ...]]:
+    """The prompts of the answers that are shown: from the data, else embedded ones that no student was taught."""
+    if not config.data:
+        return make_prompts(config.shown, config.seed, held_out=True)
+    found = []
+    for example in read(config.data, limit=config.limit):
+        turns = example.messages
+        asked = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
+        if asked:
+            found.append(asked)
+    return found[: config.shown]

@@ -1,0 +1,55 @@
+"""Write a run's page: curves, the table, samples side by side, settings, and how to repeat it, in one HTML file.
+
+preceptor report runs/gkd/run
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from preceptor.errors import UserError
+from preceptor.report.contents import read_contents
+from preceptor.report.page import render
+
+__all__ = ["Config", "main", "write_report"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Which folder to report on."""
+
+    folder: Positional[Path]
+    """The folder of a run, of an evaluation or of a reproduction."""
+
+
+def main(config: Config) -> Path:
+    """Write the page, print its path and return it."""
+    path = write_report(config.folder)
+    print(f"The page: {path}")
+    return path
+
+
+def write_report(folder: str | Path) -> Path:
+    """Write ``report.html`` into a folder, one page without any outside request, and return its path.
+
+    It shows what is there: a run that is not finished, or one without samples, gets a shorter page. Everything read
+    from the folder is escaped. The curves need matplotlib (the extra ``report``); without it the page says so.
+
+    Raises:
+        UserError: no such folder, nothing of a run in it, a file that is not what a run writes, or no permission.
+    """
+    folder = Path(folder)
+    text = render(read_contents(folder))
+    path = folder / "report.html"
+    beside = folder / ".report.html.part"
+    try:
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
+    except OSError as error:
+        reason = error.strerror
+        raise UserError(f"{path} cannot be written ({reason}): make room, or set permissions.") from error
+    return path
