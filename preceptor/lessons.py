@@ -1,0 +1,156 @@
+"""Lessons: the text that a student reads, and the part of it that is kept apart for the exam.
+
+Text comes from a file, a folder, the hub, or the embedded instructions. Where an answer is missing, or every answer is
+wanted from the teacher (sequence-level distillation: Kim & Rush 2016, https://arxiv.org/abs/1606.07947), it is written
+once. The ids that were generated are kept as they are: decoding and tokenising them again may give other ids.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from preceptor.data import Example, Message, Sequence, encode, encode_prompt, make_prompts, read
+from preceptor.errors import UserError
+from preceptor.folder import write_whole
+from preceptor.models import LanguageModel
+
+EMBEDDED = "prompts"
+SHOWN = 6  # conversations of the exam whose answers a report shows
+
+
+@dataclass(frozen=True)
+class Text:
+    """What a student reads."""
+
+    source: str = EMBEDDED
+    """A file (JSONL, JSON, Parquet), a folder, a hub data set, or ``prompts``: embedded instructions, answered by the
+    teacher."""
+    limit: int | None = None
+    """At most so many examples; None reads all (of the embedded instructions: 512)."""
+    held_out: int = 48
+    """Examples kept apart for the exam; those of the embedded instructions have topics of their own."""
+    answers: Literal["given", "teacher"] = "given"
+    """``teacher``: the teacher writes every answer; ``given``: only those that are missing."""
+    max_length: int = 512
+    """Tokens of an example, prompt and answer together; what exceeds them is cut off."""
+    answer_length: int = 64
+    """Tokens of an answer that a model writes, at most."""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that leave nothing to read."""
+        for name, value in (("held_out", self.held_out), ("answer_length", self.answer_length)):
+            if value < 1:
+                raise UserError(f"text.{name} is {value}; it must be at least 1.")
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """``train`` is learned from; ``exam`` is held out, and no prompt stands in both.
+
+    ``questions``: the first conversations of the exam without their answers, to show samples of.
+    """
+
+    train: list[Sequence]
+    exam: list[Sequence]
+    questions: list[tuple[Message, ...]]
+
+
+def prepare(text: Text, teacher: LanguageModel, *, seed: int, path: Path) -> Lessons:
+    """The lessons of ``path`` (JSON Lines), or new ones, written there.
+
+    Drawing answers leaves torch's random state as it was, so that a resumed run draws what the first one drew.
+
+    Raises:
+        UserError: the data has too few examples, no readable shape, or no response is left (see ``data.encode``).
+    """
+    if path.exists():
+        return _read(path)
+    train, exam = _examples(text, seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        questions = [_without_answer(example).messages for example in exam if example.messages][:SHOWN]
+        lessons = Lessons(_answered(train, teacher, text), _answered(exam, teacher, text), questions)
+    _write(path, lessons, teacher.tokenizer)
+    return lessons
+
+
+def _examples(text: Text, seed: int) -> tuple[list[Example], list[Example]]:
+    if text.source == EMBEDDED:
+        train = make_prompts(text.limit or 512, seed)
+        exam = make_prompts(text.held_out, seed, held_out=True)
+        return [Example(messages=prompt) for prompt in train], [Example(messages=prompt) for prompt in exam]
+    examples = read(text.source, limit=text.limit)
+    random.Random(seed).shuffle(examples)
+    exam, rest = examples[: text.held_out], examples[text.held_out :]
+    asked = {_question(example) for example in exam}
+    train = [example for example in rest if _question(example) not in asked]
+    if not train:
+        raise UserError(
+            f"{text.source} has {len(examples)} examples and {text.held_out} are held out: give more data, or set "
+            "text.held_out lower."
+        )
+    return train, exam
+
+
+def _question(example: Example) -> str:
+    asked = [message["content"] for message in example.messages if message["role"] != "assistant"]
+    return "\n".join(asked) or example.text
+
+
+def _answered(examples: list[Example], teacher: LanguageModel, text: Text) -> list[Sequence]:
+    """Sequences of the examples: first those whose answers are given, then those that the teacher writes."""
+    rewrite = text.answers == "teacher"
+    asked = [_without_answer(example) if rewrite else example for example in examples]
+    given = [example for example in asked if example.text or example.messages[-1]["role"] == "assistant"]
+    missing = [example for example in asked if example.messages and example.messages[-1]["role"] != "assistant"]
+    sequences = encode(given, teacher.tokenizer, max_length=text.max_length) if given else []
+    prompts = [encode_prompt(example.messages, teacher.tokenizer) for example in missing]
+    prompts = [prompt for prompt in prompts if len(prompt) < text.max_length]
+    if missing and not prompts:
+        raise UserError(f"Every prompt has {text.max_length} tokens or more: raise text.max_length.")
+    return sequences + write_answers(teacher, prompts, text.answer_length, max_length=text.max_length)
+
+
+def _without_answer(example: Example) -> Example:
+    messages = example.messages
+    return replace(example, messages=messages[:-1]) if messages and messages[-1]["role"] == "assistant" else example
+
+
+def write_answers(
+    model: LanguageModel, prompts: list[tuple[int, ...]], length: int, *, max_length: int, temperature: float = 1.0
+) -> list[Sequence]:
+    """Sequences of prompts, each with an answer drawn from ``model`` (at most ``length`` tokens, end of turn kept)."""
+    if not prompts:
+        return []
+    answers = model.generate(prompts, max_new_tokens=length, temperature=temperature)
+    pairs = [(prompt, answer[: max_length - len(prompt)]) for prompt, answer in zip(prompts, answers)]
+    return [Sequence(p + a, (False,) * len(p) + (True,) * len(a)) for p, a in pairs if a]
+
+
+def _write(path: Path, lessons: Lessons, tokenizer: Any) -> None:
+    lines: list[dict[str, Any]] = [{"part": "question", "messages": list(asked)} for asked in lessons.questions]
+    for part, sequences in (("train", lessons.train), ("exam", lessons.exam)):
+        for sequence in sequences:
+            response = "".join("1" if answers else "0" for answers in sequence.response)
+            text = tokenizer.decode(sequence.ids)
+            lines.append({"part": part, "text": text, "ids": sequence.ids, "response": response})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def _read(path: Path) -> Lessons:
+    lessons = Lessons([], [], [])
+    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+        record = json.loads(line)
+        if record["part"] == "question":
+            lessons.questions.append(tuple(record["messages"]))
+            continue
+        sequence = Sequence(tuple(record["ids"]), tuple(mark == "1" for mark in record["response"]))
+        (lessons.train if record["part"] == "train" else lessons.exam).append(sequence)
+    return lessons

@@ -1,0 +1,439 @@
+"""GKD: distil a language model from soft targets, on given text, on the student's own samples, or on a mixture.
+
+Paper: On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes (Agarwal et al., ICLR 2024),
+https://arxiv.org/abs/2306.13649; with the losses of DistiLLM (Ko et al., ICML 2024), https://arxiv.org/abs/2402.03898.
+
+With teacher p, student q, prompts x and responses y, and a divergence D taken token by token (``losses.divergences``):
+
+    L = (1 - λ) E_{y ~ data}[ D(p ‖ q)(y | x) ] + λ E_{y ~ q(. | x)}[ D(p ‖ q)(y | x) ] + w · CE(labels)
+
+where D(p ‖ q)(y | x) is the mean over the response's tokens of D(p(. | x, y_<t) ‖ q(. | x, y_<t)).
+
+* λ = 0 with the forward KL is plain distillation (Hinton et al. 2015; Sanh et al. 2019).
+* λ = 0 on answers that the teacher wrote is sequence-level distillation with soft targets (Kim & Rush 2016).
+* λ = 1 with the reverse KL (β → 1) is on-policy distillation, MiniLLM's single-step term.
+
+Decided here, where the sources differ or are silent:
+
+* λ is drawn for each example, not once for a batch, so that a step's loss does not jump between two kinds of text.
+* No gradient flows through sampling (as in the paper). One batched generation serves a whole optimizer step.
+* The loss is a mean over tokens of the whole step, over micro-batches and processes.
+* β = 0 and β = 1 are the forward and the reverse KL themselves (TRL's convention); the scale of JSD(β) vanishes towards
+  both ends, so the learning rate must follow β: see ``losses.divergences``.
+* Examples without an answer get one from the teacher before training starts; it is kept in ``lessons.jsonl``.
+* With ``own.adaptive`` the share of own samples follows DistiLLM's adaptive off-policy schedule: a threshold φ that
+  starts at 0 and grows by 0.1 whenever the held-out loss has risen by 0.1, and a replay buffer of 1,000 samples.
+* A student ``lora:...`` without a base of its own learns on top of the teacher, which then is the student itself with
+  its adapter off.
+
+Reproduction: see benchmarks/results.md
+
+Command: ``preceptor run gkd --teacher smollm2 --student teacher:layers=10``
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from preceptor.cache import Cache
+from preceptor.data import Batch, Sequence, collate
+from preceptor.errors import UserError
+from preceptor.evaluation import (
+    LABELS_ONLY,
+    TAUGHT,
+    TEACHER,
+    UNTAUGHT,
+    Said,
+    Table,
+    ask,
+    compare,
+    evaluate_language,
+    evaluate_own_samples,
+    language_headline,
+    language_table,
+    mean_of,
+    samples,
+    write_result,
+)
+from preceptor.folder import check_folder, write_whole
+from preceptor.knowledge import Head, HiddenTargets, SoftTargets
+from preceptor.lessons import Lessons, Text, prepare
+from preceptor.losses import Loss
+from preceptor.losses.divergences import Kind, divergence
+from preceptor.models import LanguageModel, in_evaluation, load, same_tokenizer, template_hash, tokenizer_hash
+from preceptor.own_samples import OwnSamples, OwnShare
+from preceptor.report import write_report
+from preceptor.student import make_student
+from preceptor.teacher import AdapterOff, CachedTeacher, FrozenTeacher, Teacher
+from preceptor.training import Run, Training
+
+REQUIRES = "text"
+
+TRAINING = Training(steps=200, batch_size=8, learning_rate=5e-4, schedule="linear", warmup=0.05, precision="bf16")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised at each token of a response."""
+
+    divergence: Kind = "forward_kl"
+    """D between teacher p and student q."""
+    beta: float = 0.5
+    """β of the generalised Jensen-Shannon divergence, in [0, 1]."""
+    alpha: float = 0.1
+    """α of the skewed divergences, in [0, 1]."""
+    temperature: float = 1.0
+    """τ, divides both models' logits; the divergence is multiplied by τ²."""
+    weight: float = 1.0
+    """Weight of the divergence; at 0 no teacher is asked."""
+    label_weight: float = 0.0
+    """Weight w of the cross-entropy to the text's own tokens."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no divergence can take, before anything is loaded."""
+        for name, value in (("beta", self.beta), ("alpha", self.alpha)):
+            if not 0.0 <= value <= 1.0:
+                raise UserError(f"objective.{name} is {value}; choose a value in [0, 1].")
+        if self.temperature <= 0:
+            raise UserError(f"objective.temperature is {self.temperature}; choose a temperature above 0.")
+        if min(self.weight, self.label_weight) < 0 or self.weight + self.label_weight == 0:
+            raise UserError("objective.weight and objective.label_weight must be 0 or more, and one of them above 0.")
+
+    def against(self, said: SoftTargets | None, batch: Batch) -> Callable[[Tensor, Head], Loss]:
+        """The loss of the student's hidden states (batch, length, width) and head, against what the teacher said."""
+        return partial(
+            divergence,
+            teacher=said,
+            kind=self.divergence,
+            beta=self.beta,
+            alpha=self.alpha,
+            temperature=self.temperature,
+            mask=batch.predicts,
+            labels=batch.labels,
+            weight=self.weight,
+            label_weight=self.label_weight,
+        )
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of one distillation."""
+
+    teacher: str = "smollm2"
+    """The teacher: ``smollm2`` (embedded), a folder, a GGUF file or a hub name."""
+    student: str = "teacher:layers=10"
+    """``teacher:layers=N`` or ``=0,3,..``, ``fresh:layers=..,hidden=..``, ``lora:rank=8[,base=..]``, or a name."""
+    text: Text = Text()
+    """What is read."""
+    objective: Objective = Objective()
+    """What is minimised."""
+    own: OwnSamples = OwnSamples()
+    """How often the student learns on its own samples."""
+    cache: str = ""
+    """Folder of a teacher's cache (``preceptor cache``); empty: the teacher answers online."""
+    teacher_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision of the teacher while it writes and answers online; evaluations use float32."""
+    labels_arm: bool = False
+    """Also train a student by the same text's labels alone, in as many steps, for one more column of the table."""
+    output: str = "runs/gkd/run"
+    """Folder of the run."""
+    resume: bool = False
+    """Go on with the run in ``output``."""
+    training: Training = TRAINING
+    """Steps, optimizer, precision, seed."""
+
+    def __post_init__(self) -> None:
+        """Refuse settings that contradict each other."""
+        if self.cache and (self.own.share or self.own.adaptive):
+            raise UserError("A cache holds what the teacher said of given text, not of own samples: leave cache empty.")
+        if self.own.adaptive and not self.training.evaluate_every:
+            raise UserError("own.adaptive follows the held-out loss: set training.evaluate_every.")
+
+
+tiny = Config(
+    student="teacher:layers=2",
+    text=Text(limit=8, held_out=4, answer_length=8),
+    output="runs/gkd/tiny",
+    training=replace(TRAINING, steps=4, batch_size=4, evaluate_every=2),
+)
+
+# DistiLLM's script for GPT-2 (jongwooko/distillm): 1.5B teaches 0.1B on Dolly, 8 sequences on each of 4 devices.
+paper = Config(
+    teacher="gpt2-xl",
+    student="gpt2",
+    text=Text(source="databricks/databricks-dolly-15k", held_out=500, max_length=512, answer_length=256),
+    objective=Objective(divergence="skew_kl", alpha=0.1),
+    own=OwnSamples(adaptive=True),
+    output="runs/gkd/paper",
+    training=Training(
+        epochs=20,
+        batch_size=32,
+        learning_rate=5e-4,
+        weight_decay=0.01,
+        schedule="cosine",
+        clip=1.0,
+        precision="bf16",
+        evaluate_every=500,
+        save_every=500,
+    ),
+)
+
+
+def teach(run: Run, student: LanguageModel, said: Teacher | None, lessons: Lessons, config: Config) -> None:
+    """The loop. ``said`` answers for each batch; None teaches by labels alone."""
+    own = OwnShare(config.own)
+    run.remember("own", own)
+    batches = partial(collate, pad_id=student.pad_id)
+    for examples in run.steps(lessons.train):
+        examples = own.mix(student, examples, config.text, progress=run.step / run.total)
+        for batch in run.split(examples, batches):
+            knowledge = said(batch) if said else None
+            loss = run.student(batch, config.objective.against(knowledge, batch))
+            run.update(loss.sum, loss.count, loss.parts)
+        if run.evaluate_due:
+            held_out = held_out_loss(run, said, lessons.exam, batches, config)
+            run.log(held_out_loss=held_out)
+            own.see(held_out)
+    run.finish()
+
+
+@torch.no_grad()
+def held_out_loss(
+    run: Run, said: Teacher | None, exam: list[Sequence], batches: Callable[[list[Sequence]], Batch], config: Config
+) -> float:
+    """The objective's mean over the tokens of the held-out text."""
+    total = count = 0.0
+    with in_evaluation(run.student):
+        for start in range(0, len(exam), config.training.batch_size):
+            batch = batches(exam[start : start + config.training.batch_size]).to(run.device)
+            loss = run.student(batch, config.objective.against(said(batch) if said else None, batch))
+            total, count = total + float(loss.sum), count + float(loss.count)
+    return total / count
+
+
+def main(config: Config) -> Table | None:
+    """Distil, evaluate beside the teacher and the untaught student, and write student, table and report.
+
+    Returns the table, on the main process.
+
+    Raises:
+        UserError: the tokenizers differ, the folder holds another run, the cache is another teacher's, no text is left.
+    """
+    folder = Path(config.output)
+    check_folder(folder, config, resume=config.resume)
+    teacher = load(config.teacher, dtype=config.teacher_dtype)
+    student = make_student(config.student, teacher, seed=config.training.seed)
+    same_tokenizer(teacher, student)
+    run = _start(config, student, teacher)
+    with run.accelerator.main_process_first():
+        lessons = prepare(config.text, teacher, seed=config.training.seed, path=folder / "lessons.jsonl")
+    teach(run, student, _listen(config, run, teacher, student), lessons, config)
+    taught = {TAUGHT: _whole(run, student, config, teacher)}
+    if config.labels_arm:
+        taught[LABELS_ONLY] = _taught_by_labels(config, teacher, lessons)
+    return _examine(config, taught, lessons) if run.is_main else None
+
+
+def _start(config: Config, student: LanguageModel, teacher: LanguageModel) -> Run:
+    tokenizer = teacher.tokenizer
+    return Run(
+        config.training,
+        student=student,
+        folder=Path(config.output),
+        config=config,
+        resume=config.resume,
+        provenance={
+            "teacher": config.teacher,
+            "text": config.text.source,
+            "tokenizer": tokenizer_hash(tokenizer),
+            "chat template": template_hash(tokenizer),
+        },
+    )
+
+
+def _listen(config: Config, run: Run, teacher: LanguageModel, student: LanguageModel) -> Teacher | None:
+    """Who answers: nobody, a cache, the student's own base, or the teacher itself."""
+    if config.objective.weight == 0:
+        return None
+    if config.cache:
+        return CachedTeacher(Cache.open(Path(config.cache), tokenizer=teacher.tokenizer))
+    if student.adapted and "base=" not in config.student:
+        return AdapterOff(student)
+    said = FrozenTeacher(teacher)
+    run.shard(teacher)
+    return said
+
+
+def _whole(run: Run, student: LanguageModel, config: Config, teacher: LanguageModel) -> LanguageModel:
+    """The student in one piece: where its parts lie on several processes, gathered into a new one."""
+    if not config.training.shard:
+        return student.eval()
+    whole = make_student(config.student, teacher, seed=config.training.seed)
+    whole.load_state_dict(run.state_dict())
+    return whole.eval()
+
+
+def _taught_by_labels(config: Config, teacher: LanguageModel, lessons: Lessons) -> LanguageModel:
+    """A student of the same kind that reads the same text in as many steps, without what the teacher says of it."""
+    alone = replace(
+        config,
+        objective=Objective(weight=0.0, label_weight=1.0),
+        own=OwnSamples(),
+        cache="",
+        output=str(Path(config.output) / "labels"),
+        labels_arm=False,
+    )
+    student = make_student(config.student, teacher, seed=config.training.seed)
+    run = _start(alone, student, teacher)
+    teach(run, student, None, lessons, alone)
+    return _whole(run, student, alone, teacher)
+
+
+def _examine(config: Config, taught: dict[str, LanguageModel], lessons: Lessons) -> Table:
+    """Evaluate in float32, beside the teacher and the untaught student; write student, table, samples and report."""
+    folder = Path(config.output)
+    card = {"teacher": config.teacher, "student": config.student, "method": "gkd", "objective": config.objective}
+    taught[TAUGHT].save(folder / "student", card=card)
+    teacher = load(config.teacher)
+    models = {TEACHER: teacher, UNTAUGHT: make_student(config.student, teacher, seed=config.training.seed).eval()}
+    models |= {name: taught[name] for name in (LABELS_ONLY, TAUGHT) if name in taught}
+    said = ask(teacher, lessons.exam)
+    measures = {
+        name: evaluate_language(model, None if model is teacher else said, lessons.exam)
+        for name, model in models.items()
+    }
+    table = language_table(f"{config.student} taught by {config.teacher}", measures)
+    write_result(folder, table, samples(models, lessons.questions), headline=language_headline(measures))
+    table.print()
+    print(f"The student: {folder / 'student'}\nThe page: {write_report(folder)}")
+    return table
+
+
+# What the reproduction compares: arm -> (where it starts, what it learns from)
+ARMS = {
+    "untaught": "the pruned student before it is taught",
+    "soft targets": "forward KL to the teacher on the given text",
+    "labels": "cross-entropy on the same text, as many steps",
+    "shuffled teacher": "control: forward KL to what the teacher says at another position of the batch",
+    "then the given text": "the soft-target student taught on: same loss, the given text again",
+    "then its own samples": "the soft-target student taught on: same loss, λ = 1",
+}
+
+
+class Recital:
+    """A teacher that was asked once about each of its sequences, and repeats from memory what it said."""
+
+    def __init__(self, teacher: LanguageModel, sequences: list[Sequence]) -> None:
+        said = ask(teacher, sequences)
+        self.head, self.rows = said.head, dict(zip(sequences, said.rows, strict=True))
+
+    def __call__(self, batch: Batch) -> HiddenTargets:
+        """Packed rows, in the order of ``batch.predicts``."""
+        return HiddenTargets(torch.cat([self.rows[sequence] for sequence in batch.sequences()]), self.head)
+
+
+class Shuffled:
+    """The control: what a teacher says at one position is handed out at another."""
+
+    def __init__(self, teacher: Recital) -> None:
+        self.teacher = teacher
+
+    def __call__(self, batch: Batch) -> HiddenTargets:
+        """The rows of the batch in random order."""
+        said = self.teacher(batch)
+        return HiddenTargets(said.hidden[torch.randperm(len(said.hidden))], said.head)
+
+
+def reproduce(seeds: int, folder: Path, full: bool) -> Table:
+    """Soft targets against labels, own samples against more of the same text, and a control, on SmolLM2.
+
+    A 10-layer copy of SmolLM2-135M-Instruct reads what the teacher wrote to instructions. Every arm takes its optimizer
+    steps from the same start in the same order; the last two start from the soft-target student. ``full``: 4 times the
+    text and the steps.
+    """
+    done = [_one_seed(seed, folder, 4 if full else 1) for seed in range(seeds)]
+    columns = ["KL", "agreement", "KL on own samples"]
+    table = Table(
+        "gkd: a 10-layer student of SmolLM2-135M-Instruct", columns, units={"KL": "nat/token", "agreement": "%"}
+    )
+    for arm in ARMS:
+        cells = {column: [seed[arm][column] for seed in done if column in seed[arm]] for column in columns}
+        table.rows[arm] = {column: mean_of(values) for column, values in cells.items() if values}
+    table.better = {"KL": "lower", "agreement": "higher", "KL on own samples": "lower"}
+    table.notes = [f"{arm}: {what}." for arm, what in ARMS.items()]
+    table.notes.append(f"KL(teacher ‖ student) on held-out topics; mean ± standard error over {seeds} seeds.")
+
+    def claim(text: str, better: str, than: str, column: str) -> None:
+        arms = [[seed[arm][column] for seed in done] for arm in (better, than)]
+        table.claims.append(compare(*arms, text, better=table.better[column]).claim)
+
+    claim("Soft targets bring the student closer to its teacher than labels do (KL)", "soft targets", "labels", "KL")
+    claim("... and to agree with it more often", "soft targets", "labels", "agreement")
+    claim(
+        "Its own samples teach it more about its own samples than the given text does",
+        "then its own samples",
+        "then the given text",
+        "KL on own samples",
+    )
+    claim("A teacher whose words are shuffled teaches less than labels", "labels", "shuffled teacher", "KL")
+    return table
+
+
+def _one_seed(seed: int, folder: Path, size: int) -> dict[str, dict[str, float]]:
+    """The figures of all arms for one seed; each arm is kept in the folder when it is done."""
+    path = folder / f"seed-{seed}"
+    done = path / "figures.json"
+    figures: dict[str, dict[str, float]] = json.loads(done.read_text()) if done.exists() else {}
+    if figures.keys() >= ARMS.keys():
+        return figures
+    steps, text = 48 * size, Text(limit=256 * size, held_out=48)
+    teacher, exact = load("smollm2", dtype="bfloat16"), load("smollm2")
+    lessons = prepare(text, teacher, seed=seed, path=path / "lessons.jsonl")
+    said, answers = Recital(teacher, lessons.train), ask(exact, lessons.exam)
+    training = Training(
+        steps=steps, batch_size=8, learning_rate=1e-3, schedule="linear", warmup=0.1, precision="bf16", seed=seed
+    )
+    plain = Config(text=text, training=training)
+    soft = str(path / "soft targets" / "student")
+    onward = replace(plain, student=soft, training=replace(training, steps=steps * 2 // 3, learning_rate=3e-4))
+    arms: dict[str, tuple[Config, Teacher | None]] = {
+        "soft targets": (plain, said),
+        "labels": (replace(plain, objective=Objective(weight=0.0, label_weight=1.0)), None),
+        "shuffled teacher": (plain, Shuffled(said)),
+        "then the given text": (onward, said),
+        "then its own samples": (replace(onward, own=OwnSamples(share=1.0)), FrozenTeacher(teacher)),
+    }
+    for arm in ARMS:
+        if arm in figures:
+            continue
+        config, knows = arms.get(arm, (plain, None))
+        student = make_student(config.student, exact, seed=seed)
+        if arm in arms:
+            config = replace(config, output=str(path / arm))
+            resume = (path / arm / "config.json").exists()
+            teach(_start(replace(config, resume=resume), student, teacher), student, knows, lessons, config)
+            student.save(path / arm / "student")
+        figures[arm] = _figures(student.eval(), exact, answers, lessons.exam, own=arm.startswith("then"))
+        write_whole(done, json.dumps(figures, indent=2))
+    return figures
+
+
+def _figures(
+    student: LanguageModel, teacher: LanguageModel, said: Said, exam: list[Sequence], *, own: bool
+) -> dict[str, float]:
+    measures = evaluate_language(student, said, exam, speed=False)
+    assert measures.kl is not None
+    assert measures.agreement is not None
+    figures = {"KL": measures.kl.mean, "agreement": 100 * measures.agreement.mean}
+    if own:
+        prompts = [sequence.prompt for sequence in exam]
+        figures["KL on own samples"] = evaluate_own_samples(student, teacher, prompts).forward_kl.mean
+    return figures

@@ -1,0 +1,162 @@
+"""What is GKD's own: its objective, its special cases, its teachers, its door."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from preceptor.data import Sequence, collate
+from preceptor.errors import UserError
+from preceptor.knowledge import HiddenTargets
+from preceptor.lessons import Lessons, Text
+from preceptor.models import LanguageModel, load
+from preceptor.own_samples import OwnSamples
+from preceptor.recipes.gkd import Config, Objective, Recital, Shuffled, teach
+from preceptor.teacher import FrozenTeacher
+from preceptor.training import Run, Training
+
+TRAINING = Training(steps=12, batch_size=4, learning_rate=3e-3, schedule="constant")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load("smollm2", dtype="bfloat16").tokenizer
+
+
+def small(tokenizer, seed, layers=2):
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        eos_token_id=2,
+        bos_token_id=1,
+        tie_word_embeddings=True,
+    )
+    return LanguageModel(LlamaForCausalLM(config), tokenizer)
+
+
+def sequences(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for _ in range(count):
+        length = int(torch.randint(6, 12, (), generator=generator))
+        ids = torch.randint(3, 40, (length,), generator=generator).tolist()
+        made.append(Sequence(tuple(ids), tuple(place >= 3 for place in range(length))))
+    return made
+
+
+def run(tmp_path, tokenizer, config, said=None, seed=1):
+    student = small(tokenizer, seed)
+    lessons = Lessons(sequences(16), sequences(4, seed=9), [])
+    engine = Run(config.training, student=student, folder=tmp_path / "run", config=config)
+    teach(engine, student, said, lessons, config)
+    return student
+
+
+def dense(student, teacher, batch):
+    """The forward KL of one batch, summed, written out in float64."""
+    total = 0.0
+    p = teacher.causal(batch.input_ids).logits.double().log_softmax(-1)
+    q = student.causal(batch.input_ids).logits.double().log_softmax(-1)
+    for row in range(len(batch)):
+        for place in range(batch.input_ids.shape[1] - 1):
+            if batch.response[row, place + 1]:
+                total += float((p[row, place].exp() * (p[row, place] - q[row, place])).sum())
+    return total
+
+
+def test_the_objective_is_the_mean_over_response_tokens(tokenizer):
+    student, teacher = small(tokenizer, 1), small(tokenizer, 2)
+    batch = collate(sequences(5), pad_id=2)
+    loss = student(batch, Objective().against(FrozenTeacher(teacher)(batch), batch))
+    assert float(loss.sum) == pytest.approx(dense(student, teacher, batch), rel=1e-4)
+    assert int(loss.count) == int(batch.response[:, 1:].sum())
+
+
+def test_a_student_like_its_teacher_has_nothing_to_learn(tokenizer):
+    student, teacher = small(tokenizer, 2), small(tokenizer, 2)
+    batch = collate(sequences(5), pad_id=2)
+    for kind in ("forward_kl", "reverse_kl", "jensen_shannon", "skew_kl", "skew_reverse_kl", "total_variation"):
+        loss = student(batch, Objective(divergence=kind).against(FrozenTeacher(teacher)(batch), batch))
+        assert abs(float(loss.sum)) < 1e-4
+
+
+def test_teaching_brings_the_student_closer_and_leaves_the_teacher_alone(tmp_path, tokenizer):
+    teacher = small(tokenizer, 2)
+    before = [parameter.clone() for parameter in teacher.parameters()]
+    batch = collate(sequences(16), pad_id=2)
+    student = run(tmp_path, tokenizer, Config(training=TRAINING), FrozenTeacher(teacher))
+    assert dense(student, teacher, batch) < 0.9 * dense(small(tokenizer, 1), teacher, batch)
+    assert all(torch.equal(old, new) for old, new in zip(before, teacher.parameters(), strict=True))
+
+
+def test_weight_zero_teaches_by_labels_alone(tmp_path, tokenizer):
+    config = Config(training=TRAINING, objective=Objective(weight=0.0, label_weight=1.0))
+    student = run(tmp_path, tokenizer, config)
+    batch = collate(sequences(16), pad_id=2)
+
+    def loss(model):
+        logits = model.causal(batch.input_ids).logits
+        return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten()))
+
+    assert loss(student) < loss(small(tokenizer, 1))
+
+
+def test_share_zero_is_plain_distillation_and_share_one_is_not(tmp_path, tokenizer):
+    teacher = FrozenTeacher(small(tokenizer, 2))
+    text = Text(answer_length=4, max_length=16)
+    plain, again, own = (
+        run(tmp_path / name, tokenizer, Config(training=TRAINING, text=text, own=OwnSamples(share=share)), teacher)
+        for name, share in (("a", 0.0), ("b", 0.0), ("c", 1.0))
+    )
+    states = [model.state_dict() for model in (plain, again, own)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert not all(torch.equal(states[0][name], states[2][name]) for name in states[0])
+
+
+def test_the_adaptive_schedule_sees_the_held_out_loss(tmp_path, tokenizer):
+    import json
+
+    config = Config(own=OwnSamples(adaptive=True), training=replace(TRAINING, evaluate_every=3))
+    run(tmp_path, tokenizer, config, FrozenTeacher(small(tokenizer, 2)))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    seen = [line["held_out_loss"] for line in lines if "held_out_loss" in line]
+    assert len(seen) == 4
+    assert seen[-1] < seen[0]
+
+
+def test_a_recital_repeats_the_teacher_and_the_control_does_not(tokenizer):
+    teacher, told = small(tokenizer, 2), sequences(6)
+    recital, batch = Recital(teacher, told), collate(told[2:5], pad_id=2)
+    live: HiddenTargets = FrozenTeacher(teacher)(batch)
+    assert torch.allclose(recital(batch).hidden, live.hidden[batch.predicts], atol=1e-5)
+    torch.manual_seed(0)
+    shuffled = Shuffled(recital)(batch).hidden
+    assert not torch.allclose(shuffled, recital(batch).hidden, atol=1e-3)
+    assert torch.allclose(shuffled.sum(0), recital(batch).hidden.sum(0), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"beta": 2.0}, r"beta is 2\.0.*\[0, 1\]"),
+        ({"alpha": -1.0}, r"alpha is -1\.0.*\[0, 1\]"),
+        ({"temperature": 0.0}, "temperature above 0"),
+        ({"weight": 0.0}, "one of them above 0"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(wrong, says):
+    with pytest.raises(UserError, match=says):
+        Objective(**wrong)
+
+
+def test_settings_that_contradict_each_other_are_refused():
+    with pytest.raises(UserError, match="own samples"):
+        Config(cache="somewhere", own=OwnSamples(share=0.5))
+    with pytest.raises(UserError, match=r"training\.evaluate_every"):
+        Config(own=OwnSamples(adaptive=True))
