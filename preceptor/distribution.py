@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from preceptor import checkpoint
@@ -206,8 +206,6 @@ def place(module: nn.Module, accelerator: Accelerator, *, shard: bool) -> nn.Mod
     for block in [*reversed(blocks), module]:
         if block is module or any(True for _ in block.parameters()):
             fully_shard(block, mesh=mesh, mp_policy=policy)
-    if callable(getattr(module, "generate", None)):
-        register_fsdp_forward_method(module, "generate")
     return module
 
 
