@@ -182,7 +182,7 @@ def render(messages: Listed[Message], tokenizer: Any, *, speak: bool = False) ->
 
 
 def _answered(example: Example) -> bool:
-    return bool(example.text) or any(message["role"] == "assistant" for message in example.messages)
+    return bool(example.text) or any(message["role"] == "assistant" for message in example.messages[1:])
 
 
 def _tokenize_all(example: Example, tokenizer: Any) -> Sequence:
@@ -224,13 +224,15 @@ def _ids(text: str, tokenizer: Any) -> list[int]:
 def _spans(messages: Listed[Message], text: str, tokenizer: Any) -> list[tuple[int, int]]:
     """Where each assistant turn begins and ends in the rendered conversation, in characters.
 
-    A turn begins where the rendered prompt before it ends. It ends with the first special token after what was said,
+    An assistant's turn that opens the conversation answers nothing and is no response. A turn begins where the rendered
+    prompt before it ends. It ends with the first special token after what was said,
     that included, or right after what was said where the template puts none.
     """
-    special = sorted(set(tokenizer.all_special_tokens), key=len, reverse=True)
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special |= set(tokenizer.all_special_tokens)
     spans = []
     for index, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or index == 0:
             continue
         before = render(messages[:index], tokenizer, speak=True)
         through = render(messages[: index + 1], tokenizer)

@@ -115,9 +115,9 @@ class LanguageModel(nn.Module):
         """The last hidden states (B, T, width), after the final norm, or what the objective makes of them.
 
         ``objective(hidden, head)`` is evaluated inside this forward, so that DDP sees the loss's graph and FSDP has the
-        head gathered. Batches are padded on the right and attention is causal: no real position sees padding, so no mask
-        is passed and attention keeps its fast causal path. A ``Prefix`` (while sampling) gives the logits after it, and
-        its cache.
+        head gathered. Batches are padded on the right and attention is causal: no real position sees padding, so no
+        mask is passed and attention keeps its fast causal path. A ``Prefix`` (while sampling) gives the logits after
+        it, and its cache.
         """
         if isinstance(batch, Prefix):
             return self._continue(batch)

@@ -175,13 +175,13 @@ def _by_columns(record: Mapping[str, Any], present: set[str], where: str) -> Exa
             return Example(messages=_messages(record[column], where))
     if "prompt" in present:
         answers = [record[column] for column in ("completion", "response") if column in present]
-        asked = _messages(record["prompt"], where, role="user")
-        return Example(messages=asked + (_messages(answers[0], where, role="assistant") if answers else ()))
+        asked = _turn(record["prompt"], where, role="user")
+        return Example(messages=asked + (_turn(answers[0], where, role="assistant") if answers else ()))
     if "instruction" in present:
         return _alpaca(record, present, where)
     if "question" in present:
-        told = _messages(record["answer"], where, role="assistant") if "answer" in present else ()
-        return Example(messages=_messages(record["question"], where, role="user") + told)
+        told = _turn(record["answer"], where, role="assistant") if "answer" in present else ()
+        return Example(messages=_turn(record["question"], where, role="user") + told)
     if "text" in present:
         return Example(text=_string(record["text"], where))
     return None
@@ -192,16 +192,16 @@ def _alpaca(record: Mapping[str, Any], present: set[str], where: str) -> Example
         _string(record[key], where) for key in ("instruction", "input") if key in present and record[key]
     )
     answers = [record[key] for key in ("output", "response") if key in present]
-    system = _messages(record["system"], where, role="system") if "system" in present and record["system"] else ()
-    told = _messages(answers[0], where, role="assistant") if answers else ()
-    return Example(messages=system + _messages(asked, where, role="user") + told)
+    system = _turn(record["system"], where, role="system") if "system" in present and record["system"] else ()
+    told = _turn(answers[0], where, role="assistant") if answers else ()
+    return Example(messages=system + _turn(asked, where, role="user") + told)
 
 
 def _preference(record: Mapping[str, Any], where: str) -> Example:
     """Chosen and rejected answers; without a prompt column, conversations that differ in the last turn."""
     if record.get("prompt") is not None:
-        asked = _messages(record["prompt"], where, role="user")
-        chosen = _messages(record["chosen"], where, role="assistant")
+        asked = _turn(record["prompt"], where, role="user")
+        chosen = _turn(record["chosen"], where, role="assistant")
         if chosen[: len(asked)] == asked:
             chosen = chosen[len(asked) :]
         messages = asked + chosen
@@ -209,14 +209,18 @@ def _preference(record: Mapping[str, Any], where: str) -> Example:
         if isinstance(record["chosen"], str):
             raise UserError(f"{where} has chosen and rejected texts but no prompt: add a prompt column.")
         messages = _messages(record["chosen"], where)
-    return Example(messages=messages, rejected=_messages(record["rejected"], where, role="assistant")[-1]["content"])
+    return Example(messages=messages, rejected=_turn(record["rejected"], where, role="assistant")[-1]["content"])
 
 
-def _messages(value: Any, where: str, *, role: str = "user") -> tuple[Message, ...]:
-    """Messages from a list of them, or one message of a role from a string."""
-    if isinstance(value, str):
-        return ({"role": role, "content": value},)
-    if not isinstance(value, Iterable) or isinstance(value, Mapping):
+def _turn(value: Any, where: str, *, role: str) -> tuple[Message, ...]:
+    """One message of a role from a text or a number; messages from a list of them."""
+    if isinstance(value, (str, int, float)):
+        return ({"role": role, "content": str(value)},)
+    return _messages(value, where)
+
+
+def _messages(value: Any, where: str) -> tuple[Message, ...]:
+    if isinstance(value, str) or not isinstance(value, Iterable) or isinstance(value, Mapping):
         raise UserError(f"{where}: expected a text or a list of messages, found {type(value).__name__}.")
     messages = tuple(_message(item, where) for item in value)
     if not messages:
