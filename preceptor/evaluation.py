@@ -89,7 +89,7 @@ class Config:
             raise UserError(f"shown is {self.shown}; it must be 0 or more.")
 
 
-def main(config: Config) -> Table:
+def main(config: Config) -> None:
     """Evaluate, print the table, and write ``result.json``, ``samples.json`` and ``report.html``.
 
     Raises:
@@ -120,7 +120,6 @@ def main(config: Config) -> Table:
     write_result(folder, table, told, headline=language_headline(measures), command=command)
     table.print()
     print(f"The page: {write_report(folder)}")
-    return table
 
 
 def write_result(

@@ -26,11 +26,9 @@ class Config:
     """The folder of a run, of an evaluation or of a reproduction."""
 
 
-def main(config: Config) -> Path:
-    """Write the page, print its path and return it."""
-    path = write_report(config.folder)
-    print(f"The page: {path}")
-    return path
+def main(config: Config) -> None:
+    """Write the page and print its path."""
+    print(f"The page: {write_report(config.folder)}")
 
 
 def write_report(folder: str | Path) -> Path:

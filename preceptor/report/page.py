@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from calendar import month_name
 from collections.abc import Iterator, Mapping
 from html import escape
@@ -120,18 +121,20 @@ def _table_section(table: Table | None) -> str:
         return ""
     head = "".join(f'<th scope="col"{_taught(c)}>{_label(table, c)}</th>' for c in table.columns)
     rows = "".join(_row(table, name) for name in table.rows)
+    cells = [cell for row in table.rows.values() for cell in row.values()]
+    kind = "" if any(isinstance(cell, Value) and cell.error for cell in cells) else ' class="exact"'
     legend = ["↓ lower is better, ↑ higher is better."] if table.better else []
     notes = "".join(f"<p>{escape(note)}</p>" for note in [*table.notes, *legend])
     return (
         f'<section>\n<h2>What was learned</h2>\n<div class="scroll" tabindex="0" role="region" aria-label="Table">'
-        f"<table><caption>{escape(table.title)}</caption><thead><tr><td></td>{head}</tr></thead>"
+        f"<table{kind}><caption>{escape(table.title)}</caption><thead><tr><td></td>{head}</tr></thead>"
         f'<tbody>{rows}</tbody></table></div>\n<div class="notes">{notes}</div>\n</section>'
     )
 
 
 def _row(table: Table, name: str) -> str:
     cells = "".join(
-        f'<td data-label="{escape(column)}"{_taught(column)}>{_cell(table.rows[name].get(column))}</td>'
+        f'<td data-label="{escape(table.label(column))}"{_taught(column)}>{_cell(table.rows[name].get(column))}</td>'
         for column in table.columns
     )
     return f'<tr><th scope="row">{_label(table, name)}</th>{cells}</tr>\n'
@@ -148,25 +151,23 @@ def _label(table: Table, name: str) -> str:
 
 
 def _cell(cell: Cell) -> str:
-    mean, sign, error = (
-        format_cell(cell).replace("-", "−").partition(" ± ") if _numeric(cell) else (format_cell(cell), "", "")
-    )
-    return (
-        f'<span>{escape(mean)}<span class="error"> ± {escape(error)}</span></span>'
-        if sign
-        else f"<span>{escape(mean)}</span>"
-    )
+    if not isinstance(cell, (Value, float, int)):
+        return f"<span>{escape(format_cell(cell))}</span>"
+    mean, sign, error = _minus(format_cell(cell)).partition(" ± ")
+    return f'<span>{escape(mean)}<span class="error">{escape(sign + error)}</span></span>'
 
 
-def _numeric(cell: Cell) -> bool:
-    return isinstance(cell, (Value, float, int))
+def _minus(text: str) -> str:
+    """Numbers with a true minus sign."""
+    return re.sub(r"(?<![\w.])-(?=[\d∞])", "−", text)
 
 
 def _claims(table: Table | None) -> str:
     if table is None or not table.claims:
         return ""
     listed = "".join(
-        f'<li class="{kind}"><strong>{verdict}</strong> {escape(claim.text)} <span>{escape(claim.figure)}</span></li>'
+        f'<li class="{kind}"><strong>{verdict}</strong> {escape(claim.text)} '
+        f"<span>{escape(_minus(claim.figure))}</span></li>"
         for claim in table.claims
         for kind, verdict in [("holds", "Holds") if claim.holds else ("fails", "Does not hold")]
     )
