@@ -132,7 +132,7 @@ def write_result(
     Raises:
         UserError: the folder cannot be written.
     """
-    _writable(folder)
+    _writable(folder).mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {"table": table.json(), "headline": headline, "command": command}
     _replace(folder / "result.json", {name: value for name, value in result.items() if value})
     if told is not None:
@@ -146,12 +146,10 @@ def _replace(path: Path, value: object) -> None:
 
 
 def _writable(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be made ({error.strerror}): choose another folder with --output.") from error
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"{folder} cannot be written (no permission): choose another folder with --output.")
+    """The folder, which need not exist yet, if it can be written; nothing is made here."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"{folder} cannot be written: choose another folder with --output.")
     return folder
 
 

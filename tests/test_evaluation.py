@@ -372,3 +372,12 @@ def test_settings_that_leave_nothing_are_refused() -> None:
         Config("x", limit=0)
     with pytest.raises(UserError, match="max_length"):
         Config("x", max_length=1)
+
+
+def test_an_evaluation_that_cannot_begin_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="--output"):
+        main(Config("smollm2", output=str(tmp_path / "file" / "inner")))
+    with pytest.raises(UserError):
+        main(Config(str(tmp_path / "no_model"), teacher=str(tmp_path / "none"), output=str(tmp_path / "out")))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
