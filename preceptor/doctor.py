@@ -168,7 +168,7 @@ def _judge(console: Console, config: Config, need: Need) -> int:
         f"[bold]Memory[/bold]   teacher {need.teacher / 1e6:.1f} M parameters; student {need.student / 1e6:.1f} M, of "
         f"which {need.learning / 1e6:.1f} M learn; {config.batch} × {config.length} tokens in {config.precision}"
     )
-    _print(console, "", rows | {"in all": f"{need.total / GIB:7.2f} GiB at most"})
+    _print(console, "", rows | {"in all": f"{need.total / GIB:7.2f} GiB"})
     free, _ = memory()
     if not free:
         console.print("How much memory is free is not known here.")

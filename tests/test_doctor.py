@@ -11,7 +11,7 @@ from preceptor import doctor
 from preceptor.errors import UserError
 from preceptor.memory import memory_needed
 
-WIDTH, LAYERS, VOCABULARY, BATCH, LENGTH = 256, 4, 8000, 16, 256
+WIDTH, LAYERS, VOCABULARY, BATCH, LENGTH = 256, 4, 8000, 8, 256
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_the_estimate_is_near_what_a_training_takes(teacher: str, root: Path) ->
     measured = json.loads(done.stdout.splitlines()[-1])
     need = memory_needed(teacher, f"teacher:layers={LAYERS}", batch=BATCH, length=LENGTH)
     estimated = need.total - need.parts["process"]
-    assert 0.8 < estimated / (measured["peak"] - measured["before"]) < 1.7
+    assert 0.6 < estimated / (measured["peak"] - measured["before"]) < 1.6
 
 
 def _with_path(root: Path) -> dict[str, str]:
