@@ -35,8 +35,9 @@ class Text:
     """At most so many examples; None reads all (of the embedded instructions: 512)."""
     held_out: int = 48
     """Examples kept apart for the exam; those of the embedded instructions have topics of their own."""
-    answers: Literal["given", "teacher"] = "given"
-    """``teacher``: the teacher writes every answer; ``given``: only those that are missing."""
+    answers: Literal["given", "missing", "teacher"] = "given"
+    """Who answers: the text itself (``given``), the teacher where an answer is ``missing``, or the ``teacher`` always.
+    The embedded instructions are answered by the teacher."""
     max_length: int = 512
     """Tokens of an example, prompt and answer together; what exceeds them is cut off."""
     answer_length: int = 64
@@ -109,6 +110,11 @@ def _answered(examples: list[Example], teacher: LanguageModel, text: Text) -> li
     asked = [_without_answer(example) if rewrite else example for example in examples]
     given = [example for example in asked if example.text or example.messages[-1]["role"] == "assistant"]
     missing = [example for example in asked if example.messages and example.messages[-1]["role"] != "assistant"]
+    if missing and text.answers == "given" and text.source != EMBEDDED:
+        raise UserError(
+            f"{len(missing)} of {len(examples)} examples have no response to learn from: give data with answers, or let "
+            "the teacher write those that are missing (--text.answers missing)."
+        )
     sequences = encode(given, teacher.tokenizer, max_length=text.max_length) if given else []
     prompts = [encode_prompt(example.messages, teacher.tokenizer) for example in missing]
     prompts = [prompt for prompt in prompts if len(prompt) < text.max_length]
@@ -128,7 +134,7 @@ def write_answers(
     """Sequences of prompts, each with an answer drawn from ``model`` (at most ``length`` tokens, end of turn kept)."""
     if not prompts:
         return []
-    answers = model.generate(prompts, max_new_tokens=length, temperature=temperature)
+    answers = model.generate(prompts, max_new_tokens=length, temperature=temperature, batch_size=64)
     pairs = [(prompt, answer[: max_length - len(prompt)]) for prompt, answer in zip(prompts, answers)]
     return [Sequence(p + a, (False,) * len(p) + (True,) * len(a)) for p, a in pairs if a]
 

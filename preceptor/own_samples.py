@@ -76,9 +76,13 @@ class OwnShare:
                 mixed.append(self.buffer[int(torch.randint(len(self.buffer), ()))])
             else:
                 mixed.append(example)
+        # A sharded student is gathered by all processes together, so one that drew nothing writes too.
+        waste = not prompts and torch.distributed.is_initialized()
+        asked = [examples[0].prompt or examples[0].ids] if waste else prompts
         written = write_answers(
-            student, prompts, text.answer_length, max_length=text.max_length, temperature=self.own.temperature
+            student, asked, text.answer_length, max_length=text.max_length, temperature=self.own.temperature
         )
+        written = [] if waste else written
         if self.own.adaptive:
             self.buffer = (self.buffer + written)[-BUFFER:]
         return mixed + written or examples

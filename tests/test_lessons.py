@@ -35,7 +35,8 @@ def test_held_out_questions_stand_in_no_lesson(tmp_path, teacher):
 
 
 def test_answers_are_the_teachers_own_ids_and_are_kept(tmp_path, teacher):
-    text = Text(source=write(tmp_path / "data.jsonl", 6, answer=False), held_out=2, answer_length=5)
+    source = write(tmp_path / "data.jsonl", 6, answer=False)
+    text = Text(source=source, held_out=2, answer_length=5, answers="missing")
     path = tmp_path / "lessons.jsonl"
     state = torch.random.get_rng_state()
     first = prepare(text, teacher, seed=0, path=path)
@@ -71,7 +72,18 @@ def test_too_little_text_is_refused_with_what_to_do(tmp_path, teacher):
         Text(held_out=0)
 
 
+def test_missing_answers_are_written_only_when_asked(tmp_path, teacher):
+    source = write(tmp_path / "data.jsonl", 6, answer=False)
+    with pytest.raises(UserError, match="4 of 4 examples have no response"):
+        prepare(Text(source=source, held_out=2), teacher, seed=0, path=tmp_path / "lessons.jsonl")
+
+
 def test_prompts_longer_than_the_limit_are_refused(tmp_path, teacher):
     source = write(tmp_path / "data.jsonl", 6, answer=False)
     with pytest.raises(UserError, match=r"raise text\.max_length"):
-        prepare(Text(source=source, held_out=2, max_length=4), teacher, seed=0, path=tmp_path / "lessons.jsonl")
+        prepare(
+            Text(source=source, held_out=2, max_length=4, answers="missing"),
+            teacher,
+            seed=0,
+            path=tmp_path / "lessons.jsonl",
+        )

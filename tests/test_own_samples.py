@@ -88,7 +88,9 @@ def test_a_full_buffer_is_replayed_and_its_state_survives():
     assert again.state_dict() == share.state_dict()
 
 
-@pytest.mark.parametrize("wrong", [{"share": 1.5}, {"share": -0.1}, {"temperature": 0.0}, {"adaptive": True, "share": 0.5}])
+@pytest.mark.parametrize(
+    "wrong", [{"share": 1.5}, {"share": -0.1}, {"temperature": 0.0}, {"adaptive": True, "share": 0.5}]
+)
 def test_settings_that_cannot_be_meant_are_refused(wrong):
     with pytest.raises(UserError):
         OwnSamples(**wrong)

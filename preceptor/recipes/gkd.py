@@ -20,7 +20,7 @@ Decided here, where the sources differ or are silent:
 * The loss is a mean over tokens of the whole step, over micro-batches and processes.
 * β = 0 and β = 1 are the forward and the reverse KL themselves (TRL's convention); the scale of JSD(β) vanishes towards
   both ends, so the learning rate must follow β: see ``losses.divergences``.
-* Examples without an answer get one from the teacher before training starts; it is kept in ``lessons.jsonl``.
+* Missing answers can be left to the teacher, who writes them before training starts; they are kept in ``lessons.jsonl``.
 * With ``own.adaptive`` the share of own samples follows DistiLLM's adaptive off-policy schedule: a threshold φ that
   starts at 0 and grows by 0.1 whenever the held-out loss has risen by 0.1, and a replay buffer of 1,000 samples.
 * A student ``lora:...`` without a base of its own learns on top of the teacher, which then is the student itself with
@@ -394,7 +394,7 @@ def _one_seed(seed: int, folder: Path, size: int) -> dict[str, dict[str, float]]
     figures: dict[str, dict[str, float]] = json.loads(done.read_text()) if done.exists() else {}
     if figures.keys() >= ARMS.keys():
         return figures
-    steps, text = 48 * size, Text(limit=256 * size, held_out=48)
+    steps, text = 40 * size, Text(limit=256 * size, held_out=48, answer_length=48)
     teacher, exact = load("smollm2", dtype="bfloat16"), load("smollm2")
     lessons = prepare(text, teacher, seed=seed, path=path / "lessons.jsonl")
     said, answers = Recital(teacher, lessons.train), ask(exact, lessons.exam)
@@ -403,7 +403,7 @@ def _one_seed(seed: int, folder: Path, size: int) -> dict[str, dict[str, float]]
     )
     plain = Config(text=text, training=training)
     soft = str(path / "soft targets" / "student")
-    onward = replace(plain, student=soft, training=replace(training, steps=steps * 2 // 3, learning_rate=3e-4))
+    onward = replace(plain, student=soft, training=replace(training, steps=steps * 3 // 5, learning_rate=3e-4))
     arms: dict[str, tuple[Config, Teacher | None]] = {
         "soft targets": (plain, said),
         "labels": (replace(plain, objective=Objective(weight=0.0, label_weight=1.0)), None),
@@ -435,5 +435,7 @@ def _figures(
     figures = {"KL": measures.kl.mean, "agreement": 100 * measures.agreement.mean}
     if own:
         prompts = [sequence.prompt for sequence in exam]
-        figures["KL on own samples"] = evaluate_own_samples(student, teacher, prompts).forward_kl.mean
+        figures["KL on own samples"] = evaluate_own_samples(
+            student, teacher, prompts, max_new_tokens=48
+        ).forward_kl.mean
     return figures

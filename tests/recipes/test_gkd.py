@@ -1,5 +1,6 @@
 """What is GKD's own: its objective, its special cases, its teachers, its door."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from preceptor.knowledge import HiddenTargets
 from preceptor.lessons import Lessons, Text
 from preceptor.models import LanguageModel, load
 from preceptor.own_samples import OwnSamples
-from preceptor.recipes.gkd import Config, Objective, Recital, Shuffled, teach
+from preceptor.recipes.gkd import Config, Objective, Recital, Shuffled, main, teach
 from preceptor.teacher import FrozenTeacher
 from preceptor.training import Run, Training
 
@@ -120,8 +121,6 @@ def test_share_zero_is_plain_distillation_and_share_one_is_not(tmp_path, tokeniz
 
 
 def test_the_adaptive_schedule_sees_the_held_out_loss(tmp_path, tokenizer):
-    import json
-
     config = Config(own=OwnSamples(adaptive=True), training=replace(TRAINING, evaluate_every=3))
     run(tmp_path, tokenizer, config, FrozenTeacher(small(tokenizer, 2)))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -160,3 +159,29 @@ def test_settings_that_contradict_each_other_are_refused():
         Config(cache="somewhere", own=OwnSamples(share=0.5))
     with pytest.raises(UserError, match=r"training\.evaluate_every"):
         Config(own=OwnSamples(adaptive=True))
+
+
+def test_a_lora_student_is_taught_by_its_own_base(tmp_path, tokenizer):
+    """Its divergence from the teacher is 0 until labels have moved it, and the base stays as it was."""
+    small(tokenizer, 2).save(tmp_path / "teacher")
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"Say {n}.", "completion": f"{n}!"}) + "\n" for n in range(8)))
+    config = Config(
+        teacher=str(tmp_path / "teacher"),
+        student="lora:rank=2",
+        teacher_dtype="float32",
+        text=Text(source=str(data), held_out=2),
+        objective=Objective(label_weight=0.5),
+        output=str(tmp_path / "run"),
+        training=TRAINING,
+    )
+    table = main(config)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert abs(lines[0]["divergence"]) < 1e-6
+    assert lines[-1]["divergence"] > 1e-6
+    assert lines[-1]["cross_entropy"] < lines[0]["cross_entropy"]
+    assert table is not None
+    base, merged = load(str(tmp_path / "teacher")), load(str(tmp_path / "run" / "student"))
+    assert torch.equal(base.head.weight, merged.head.weight)  # the head carries no adapter
+    first = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(base.causal.state_dict()[first], merged.causal.state_dict()[first])
