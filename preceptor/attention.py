@@ -9,16 +9,17 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from preceptor.data import Batch, Sequence, collate
 from preceptor.errors import UserError
 from preceptor.losses.relations import Projections
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from transformers import PreTrainedModel
 
@@ -68,7 +69,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, model: PreTrainedModel, layer: int = 0) -> None:
         super().__init__()
-        self.model = model.base_model
+        self.model = cast("PreTrainedModel", model.base_model)
         self.config: Any = model.config
         kind: str = self.config.model_type
         if kind not in LAYOUTS:
@@ -85,13 +86,23 @@ class SelfAttention(nn.Module):
             parameter.requires_grad_(parameter.requires_grad and id(parameter) in reached)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, *, scored: bool = True) -> Projections:
-        """Projections of tokens (B, T) with their mask (B, T); right padding.
+        """Projections of tokens (B, T), padded on the right, with their mask (B, T); `project` after `below`."""
+        return self.project(self.below(input_ids, attention_mask), scored=scored)
+
+    def below(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The hidden states (B, T, D) that enter the layer: the last ones that a distilled student has learned."""
+        options = {"use_cache": False} if self.causal else {}
+        told = self._trunk()(input_ids=input_ids, attention_mask=attention_mask, **options)
+        hidden: Tensor = told.last_hidden_state
+        return hidden
+
+    def project(self, hidden: Tensor, *, scored: bool = True) -> Projections:
+        """Projections of the hidden states (B, T, D) that enter the layer.
 
         With ``scored``, queries and keys are as the attention scores see them: after rotary embedding where the model
         has one, and with a model's own score scale folded into the queries. Without it they are as projected, free of
         positions.
         """
-        hidden = self.below(input_ids, attention_mask)
         if self.layout.norm:
             hidden = self._part(self.layout.norm)(hidden)
         attention = self._part(self.layout.attention)
@@ -104,13 +115,6 @@ class SelfAttention(nn.Module):
             query, key = self._rotate(query, key, hidden)
         width = query.shape[-1]
         return Projections(query * (getattr(attention, "scaling", width**-0.5) * math.sqrt(width)), key, value)
-
-    def below(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """The hidden states (B, T, D) that enter the layer: the last ones that a distilled student has learned."""
-        options = {"use_cache": False} if self.causal else {}
-        told = self._trunk()(input_ids=input_ids, attention_mask=attention_mask, **options)
-        hidden: Tensor = told.last_hidden_state
-        return hidden
 
     @property
     def widths(self) -> tuple[int, int, int]:
@@ -178,3 +182,47 @@ def _turn(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding (Su et al., arXiv 2104.09864) of heads (B, H, T, d), half-split; cos and sin: (1, T, d)."""
     first, second = heads.chunk(2, dim=-1)
     return heads * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+
+
+class AttentionTeacher:
+    """A teacher that is asked for its projections, without gradient.
+
+    With ``remember`` every sequence passes through the layers below only once: the hidden states that enter the layer
+    are kept, 4 * width bytes a token (float32), and only the layer's own projections are computed anew. With
+    ``partners`` (ids to ids of equal length) a sequence is answered by another's: a control.
+    """
+
+    def __init__(
+        self,
+        teacher: SelfAttention,
+        *,
+        remember: bool = False,
+        partners: Mapping[tuple[int, ...], tuple[int, ...]] | None = None,
+    ) -> None:
+        self.teacher = teacher.requires_grad_(False).eval()
+        self.remember = remember or partners is not None
+        self.partners = partners or {}
+        self._kept: dict[tuple[int, ...], Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, *, scored: bool = True) -> Projections:
+        """The projections of a batch, as `SelfAttention` gives them."""
+        if not self.remember:
+            return self.teacher.project(self.teacher.below(batch.input_ids, batch.attention_mask), scored=scored)
+        asked = [self.partners.get(sequence.ids, sequence.ids) for sequence in batch.sequences()]
+        missing = [Sequence(ids, (True,) * len(ids)) for ids in dict.fromkeys(asked) if ids not in self._kept]
+        if missing:
+            new = collate(missing, 0).to(batch.input_ids.device)
+            hidden = self.teacher.below(new.input_ids, new.attention_mask)
+            for sequence, row in zip(missing, hidden):
+                self._kept[sequence.ids] = row[: len(sequence.ids)].clone()
+        rows = nn.utils.rnn.pad_sequence([self._kept[ids] for ids in asked], batch_first=True)
+        return self.teacher.project(rows, scored=scored)
+
+
+def pair_up(sequences: Iterable[Sequence]) -> dict[tuple[int, ...], tuple[int, ...]]:
+    """Each sequence's ids to those of the next one of equal length; the only one of its length keeps itself."""
+    by_length: dict[int, list[tuple[int, ...]]] = {}
+    for sequence in sequences:
+        by_length.setdefault(len(sequence.ids), []).append(sequence.ids)
+    return {ids: group[(place + 1) % len(group)] for group in by_length.values() for place, ids in enumerate(group)}

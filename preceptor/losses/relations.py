@@ -75,12 +75,8 @@ def attention_value_loss(
             f"The student has {counts[0]} {name} heads and the teacher {counts[1]}, but attention and value relations "
             "are matched head by head: set relation_heads (MiniLMv2), which cuts both models into as many heads."
         )
-    repeats = heads[0] // groups[0]
-    pairs = [
-        (student.query, _repeat(student.key, repeats), teacher.query, _repeat(teacher.key, repeats)),
-        (student.value, student.value, teacher.value, teacher.value),
-    ]
-    return _total(pairs, ("attention", "value"), weights, mask, causal, average, chunk_bytes)
+    mine, theirs = relation_inputs(student), relation_inputs(teacher)
+    return _total(mine, theirs, weights, mask, causal=causal, average=average, chunk_bytes=chunk_bytes)
 
 
 def relation_heads_loss(
@@ -106,19 +102,28 @@ def relation_heads_loss(
         UserError: shapes that do not fit, negative weights, or a number of relation heads that does not divide.
     """
     _check(student, teacher, mask, weights, terms=3)
-    names = ("query", "key", "value")
-    kept = {name: [getattr(model, name) for model in (student, teacher)] for name in names}
-    widths = sorted({part.shape[1] * part.shape[3] for parts in kept.values() for part in parts})
-    check_relation_heads(relation_heads, widths)
-    pairs = []
-    for parts in kept.values():
-        mine, theirs = (_split(part, relation_heads) for part in parts)
-        pairs.append((mine, mine, theirs, theirs))
-    return _total(pairs, names, weights, mask, causal, average, chunk_bytes)
+    check_relation_heads(relation_heads, [*_widths(student), *_widths(teacher)])
+    mine, theirs = relation_inputs(student, relation_heads), relation_inputs(teacher, relation_heads)
+    return _total(mine, theirs, weights, mask, causal=causal, average=average, chunk_bytes=chunk_bytes)
+
+
+def relation_inputs(model: Projections, relation_heads: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
+    """What each relation is the softmax of the inner products of: two (B, heads, T, d) by the name of the loss's term.
+
+    With ``relation_heads`` 0 these are MiniLM's ``attention`` (keys repeated for grouped queries) and ``value``, else
+    MiniLMv2's ``query``, ``key`` and ``value`` over that many heads.
+    """
+    if relation_heads == 0:
+        repeats = model.query.shape[1] // model.key.shape[1]
+        key = model.key if repeats == 1 else model.key.repeat_interleave(repeats, dim=1)
+        return {"attention": (model.query, key), "value": (model.value, model.value)}
+    parts = {"query": model.query, "key": model.key, "value": model.value}
+    return {name: (cut, cut) for name, part in parts.items() for cut in [_split(part, relation_heads)]}
 
 
 def check_relation_heads(relation_heads: int, widths: Sequence[int]) -> None:
     """Raise UserError, with the numbers that would fit, unless ``relation_heads`` divides every one of ``widths``."""
+    widths = sorted(set(widths))
     if relation_heads < 1 or any(width % relation_heads for width in widths):
         common = math.gcd(*widths)
         divisors = [number for number in range(1, common + 1) if common % number == 0]
@@ -153,8 +158,8 @@ def _check(student: Projections, teacher: Projections, mask: Tensor, weights: Se
         warnings.warn("no sequence of this batch has two tokens, so every relation is trivial", stacklevel=3)
 
 
-def _repeat(heads: Tensor, repeats: int) -> Tensor:
-    return heads if repeats == 1 else heads.repeat_interleave(repeats, dim=1)
+def _widths(model: Projections) -> list[int]:
+    return [part.shape[1] * part.shape[3] for part in (model.query, model.key, model.value)]
 
 
 def _split(heads: Tensor, pieces: int) -> Tensor:
@@ -173,26 +178,27 @@ def _row_weights(mask: Tensor, like: Tensor, average: Average) -> tuple[Tensor, 
 
 
 def _total(
-    pairs: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]],
-    names: Sequence[str],
+    student: dict[str, tuple[Tensor, Tensor]],
+    teacher: dict[str, tuple[Tensor, Tensor]],
     weights: Sequence[float],
     mask: Tensor,
+    *,
     causal: bool,
     average: Average,
     chunk_bytes: int,
 ) -> Loss:
     if average not in ("sequence", "token"):
         raise UserError(f'`average` is "sequence" or "token", not "{average}".')
-    parts, total, count = {}, None, mask.sum()
-    for (x, y, teacher_x, teacher_y), name, weight in zip(pairs, names, weights, strict=True):
-        rows, count = _row_weights(mask, x, average)
+    parts, terms, count = {}, [], mask.sum()
+    for (name, mine), weight in zip(student.items(), weights, strict=True):
+        rows, count = _row_weights(mask, mine[0], average)
+        theirs = [part.detach() for part in teacher[name]]
         with torch.set_grad_enabled(torch.is_grad_enabled() and weight > 0):
-            args = (x, y, teacher_x.detach(), teacher_y.detach(), mask.bool(), rows)
-            term: Tensor = _RelationKL.apply(*args, causal, chunk_bytes)  # type: ignore[no-untyped-call]
+            args = (*mine, *theirs, mask.bool(), rows, causal, chunk_bytes)
+            term: Tensor = _RelationKL.apply(*args)  # type: ignore[no-untyped-call]
         parts[name] = term.detach()
-        total = weight * term if total is None else total + weight * term
-    assert total is not None
-    return Loss(total, count, parts)
+        terms.append(weight * term)
+    return Loss(torch.stack(terms).sum(), count, parts)
 
 
 class _RelationKL(torch.autograd.Function):

@@ -1,0 +1,87 @@
+"""A study of encoders on the embedded sentences: a teacher, what students learn from, and what they are examined on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from preceptor.attention import AttentionTeacher, SelfAttention, pair_up
+from preceptor.data import Sequence, collate
+from preceptor.encoders import Texts, encode_texts, load_body, padding_id
+from preceptor.probing import mean_pool, probe_accuracy, random_pairs, rank_agreement
+from preceptor.sentences import embedded_sentences
+
+
+@dataclass(frozen=True)
+class SentenceExam:
+    """What an encoder's sentence vectors are held against, on sentences that it has not learned from.
+
+    ``sequences``: sentences whose pairs are ranked; ``vectors``: the teacher's of them, (N, D); ``pairs``: (P, 2) rows;
+    ``labelled`` and ``labels``: sentences of the probe, the first half to learn it, the second to ask it.
+    """
+
+    sequences: list[Sequence]
+    vectors: Tensor
+    pairs: Tensor
+    labelled: list[Sequence]
+    labels: list[str]
+
+    def figures(self, hidden: Callable[[Tensor, Tensor], Tensor]) -> dict[str, float]:
+        """``rank agreement`` (Spearman, -1 to 1) and ``probe`` (accuracy in %) of mean-pooled ``hidden(ids, mask)``."""
+        known, half = embed(hidden, self.labelled), len(self.labelled) // 2
+        accuracy = probe_accuracy(known[:half], self.labels[:half], known[half:], self.labels[half:])
+        agreement = rank_agreement(embed(hidden, self.sequences), self.vectors, self.pairs)
+        return {"rank agreement": agreement, "probe": 100 * accuracy}
+
+
+@torch.no_grad()
+def embed(hidden: Callable[[Tensor, Tensor], Tensor], sequences: list[Sequence]) -> Tensor:
+    """One mean-pooled vector a sequence, (N, D), of a model that maps ids and mask (B, T) to states (B, T, D)."""
+    batches = [collate(sequences[start : start + 64], 0) for start in range(0, len(sequences), 64)]
+    return torch.cat([mean_pool(hidden(b.input_ids, b.attention_mask), b.attention_mask) for b in batches])
+
+
+@dataclass(frozen=True)
+class Study:
+    """What all arms and seeds share.
+
+    ``body``, ``tokenizer``: the teacher. ``teacher``: its attention, remembered; ``control``: the same, answering with
+    another sentence of equal length. ``texts``: lessons and held-out sentences. ``exam``: of sentence vectors.
+    """
+
+    body: Any
+    tokenizer: Any
+    teacher: AttentionTeacher
+    control: AttentionTeacher
+    texts: Texts
+    exam: SentenceExam
+
+
+def make_study(name: str, *, lessons: int, max_length: int) -> Study:
+    """The teacher ``name``, 1,000 sentences to examine, 3,000 (these among them) to probe, and ``lessons`` others.
+
+    The probe tells the five largest sources of the 3,000 apart.
+    """
+    body, tokenizer = load_body(name)
+    listed = embedded_sentences()
+    listed = [listed[i] for i in np.random.default_rng(0).permutation(len(listed))]
+    sequences = encode_texts([one.text for one in listed], tokenizer, max_length=max_length)
+    exam, learned = sequences[:1000], sequences[3000 : 3000 + lessons]
+    common = {source for source, _ in Counter(one.source for one in listed[:3000]).most_common(5)}
+    probed = [i for i in range(3000) if listed[i].source in common]
+    questions = SentenceExam(
+        exam,
+        embed(lambda ids, mask: body(input_ids=ids, attention_mask=mask).last_hidden_state, exam),
+        random_pairs(1000, len(exam)),
+        [sequences[i] for i in probed],
+        [listed[i].source for i in probed],
+    )
+    reader = SelfAttention(body)
+    teacher, control = AttentionTeacher(reader, remember=True), AttentionTeacher(reader, partners=pair_up(learned))
+    return Study(body, tokenizer, teacher, control, Texts(learned, exam, padding_id(tokenizer)), questions)
