@@ -23,6 +23,11 @@ from preceptor.lessons import write_answers
 from preceptor.models import LanguageModel, in_evaluation, project, same_tokenizer
 from preceptor.table import Cell, Table, Value, mean_of, ratio_of
 
+OWN_SAMPLES = "KL(model ‖ teacher), own samples"
+ROWS = (
+    "KL(teacher ‖ model)", OWN_SAMPLES, "agreement with the teacher", "perplexity", "calibration error", "parameters",
+    "weights", "prefill", "decode",
+)  # fmt: skip
 TEACHER, UNTAUGHT, LABELS_ONLY, TAUGHT = "teacher", "untaught student", "taught by labels only", "taught student"
 BINS = 15  # of the calibration error (Guo et al., 2017)
 CHUNK_BYTES = 128 << 20  # of float32 matrices (rows, vocabulary) at a time; five of them are held
@@ -208,14 +213,15 @@ def language_table(
     """A table of measures by models; ``own`` adds what was found on each student's own samples."""
     table = Table(title, list(models))
     for name, measures in models.items():
-        for row, cell in measures.rows().items():
-            table.rows.setdefault(row, {})[name] = cell
-    for name, found in (own or {}).items():
-        table.rows.setdefault("KL(model ‖ teacher), own samples", {})[name] = found.reverse_kl
+        found = (own or {}).get(name)
+        cells = measures.rows()
+        cells[OWN_SAMPLES] = found.reverse_kl if found else None
+        for row in ROWS:
+            table.rows.setdefault(row, {})[name] = cells[row]
     table.rows = {row: cells for row, cells in table.rows.items() if any(cell is not None for cell in cells.values())}
     units = {
         "KL(teacher ‖ model)": "nat/token",
-        "KL(model ‖ teacher), own samples": "nat/token",
+        OWN_SAMPLES: "nat/token",
         "agreement with the teacher": "%",
         "calibration error": "%",
         "parameters": "million",
@@ -243,18 +249,16 @@ def language_table(
 
 def language_headline(models: Mapping[str, LanguageMeasures]) -> str:
     """One sentence with the main figure, in plain words; empty without a taught student that was compared."""
-    taught = models.get(TAUGHT)
-    if taught is None or taught.kl is None or taught.agreement is None:
+    shares = {name: 100 * found.agreement.mean for name, found in models.items() if found.agreement is not None}
+    if TAUGHT not in shares:
         return ""
-    words = f"The taught student names the teacher's next token {100 * taught.agreement.mean:.0f} % of the time"
-    for label, name in ((LABELS_ONLY, "one taught by labels only"), (UNTAUGHT, "before it was taught")):
-        other = models.get(label)
-        if other is not None and other.kl is not None and other.agreement is not None:
-            return (
-                f"{words} ({name}: {100 * other.agreement.mean:.0f} %) and is {taught.kl.mean:.3g} nat a token away "
-                f"from it ({name}: {other.kl.mean:.3g})."
-            )
-    return f"{words} and is {taught.kl.mean:.3g} nat a token away from it."
+    others = [
+        f"{words} it is {shares[name]:.0f} %"
+        for name, words in ((LABELS_ONLY, "by labels only"), (UNTAUGHT, "untaught"))
+        if name in shares
+    ]
+    beside = f"; {', '.join(others)}" if others else ""
+    return f"The taught student and its teacher agree on {shares[TAUGHT]:.0f} % of next tokens{beside}."
 
 
 def _labels(sequence: Sequence) -> Tensor:

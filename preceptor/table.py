@@ -258,8 +258,8 @@ def _with_error(mean: float, error: float) -> str:
     decimals = -int(exponent) + (1 if digit == "1" else 0)
     if decimals > 6:
         return f"{mean:.2e} ± {error:.0e}"
-    decimals = max(0, decimals)
-    return f"{mean:,.{decimals}f} ± {error:,.{decimals}f}"
+    shown = max(0, decimals)
+    return f"{round(mean, decimals):,.{shown}f} ± {round(error, decimals):,.{shown}f}"
 
 
 def _number(number: float | int) -> str:

@@ -47,15 +47,18 @@ class Curve:
 
 
 def collect(metrics: list[dict[str, float]]) -> list[Curve]:
-    """The charts of a run: the loss and its parts, what was held out, the machine. A constant is not drawn."""
+    """The charts of a run: the loss and its parts, what was held out, the machine; no constant, no line twice."""
     names = dict.fromkeys(name for line in metrics for name in line if name not in UNDRAWN)
     paired = {name for name in names if name.startswith(HELD_OUT) and name.removeprefix(HELD_OUT) in names}
     order = sorted(
         (n for n in names if n not in paired), key=lambda n: (n in LAST, n != "loss", n.startswith(HELD_OUT))
     )
-    curves = []
+    curves, drawn = [], list[Series]()
     for name in order:
         series = _series(metrics, name)
+        if series in drawn:
+            continue
+        drawn.append(series)
         held_out = name.startswith(HELD_OUT)
         beside = _series(metrics, HELD_OUT + name) if HELD_OUT + name in paired else Series([], [])
         if len(set(series.values)) > 1 or beside.steps:
@@ -80,7 +83,7 @@ def draw(curve: Curve) -> str:
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     style = {"svg.fonttype": "none", "svg.hashsalt": curve.title, "font.size": 9, "axes.linewidth": 0.6}
     with rc_context(style):  # type: ignore[arg-type]
@@ -94,6 +97,7 @@ def draw(curve: Curve) -> str:
         axes.tick_params(colors=INK, length=0, labelcolor=INK)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         axes.set_xlabel("step", color=INK)
         axes.margins(x=0.01)
         text = io.StringIO()
@@ -103,7 +107,7 @@ def draw(curve: Curve) -> str:
 
 def _plot(axes: object, curve: Curve) -> None:
     steps, values = _thin(curve.training)
-    noisy = len(values) > 20
+    noisy = _noisy(values)
     lines = [(steps, values, FIRST, 0.8 if noisy else 1.6, 0.35 if noisy else 1.0, "")]
     if noisy:
         lines.append((steps, _smooth(values), FIRST, 1.7, 1.0, ""))
@@ -128,14 +132,17 @@ def _thin(series: Series) -> tuple[list[float], list[float]]:
     )
 
 
+def _noisy(values: list[float]) -> bool:
+    """Whether a line goes up and down much more than it goes anywhere."""
+    moves = math.fsum(abs(after - before) for before, after in zip(values, values[1:]))
+    return len(values) > 20 and moves > 3 * (max(values) - min(values))
+
+
 def _smooth(values: list[float]) -> list[float]:
-    """An exponential average over about a tenth of the line, corrected for its start (as in Adam)."""
-    keep = 1 - 1 / max(2.0, len(values) / 10)
-    average, weight, smooth = 0.0, 0.0, []
-    for value in values:
-        average, weight = keep * average + (1 - keep) * value, keep * weight + (1 - keep)
-        smooth.append(average / weight)
-    return smooth
+    """A centred mean over about a fifteenth of the line, shorter at its ends: it does not lag behind."""
+    reach = max(1, len(values) // 30)
+    near = (values[max(0, place - reach) : place + reach + 1] for place in range(len(values)))
+    return [math.fsum(part) / len(part) for part in near]
 
 
 def _for_page(svg: str, label: str) -> str:

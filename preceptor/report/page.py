@@ -75,7 +75,9 @@ def _name(contents: Contents) -> str:
 
 def _header(contents: Contents, name: str) -> str:
     facts = {label: value for label, value in _facts(contents) if value}
-    listed = "".join(f"<div><dt>{escape(label)}</dt><dd>{value}</dd></div>" for label, value in facts.items())
+    listed = "".join(
+        f"<div{_wide(label)}><dt>{escape(label)}</dt><dd>{value}</dd></div>" for label, value in facts.items()
+    )
     badge = "" if contents.finished else '<span class="badge">not finished</span>'
     return (
         f'<header>\n<h1>{escape(name)} {badge}</h1>\n<p class="headline">{escape(headline(contents))}</p>\n'
@@ -83,12 +85,15 @@ def _header(contents: Contents, name: str) -> str:
     )
 
 
+def _wide(label: str) -> str:
+    return ' class="wide"' if label == "Method" else ""
+
+
 def _facts(contents: Contents) -> Iterator[tuple[str, str]]:
     """Labels and HTML: what was taught to whom, with which method, when, and in how long."""
     for label in ("teacher", "student"):
         value = contents.config.get(label)
         yield label.capitalize(), f"<code>{escape(value)}</code>" if isinstance(value, str) else ""
-    yield "Method", _method(contents.recipe)
     asked = f" of {contents.total:,}" if contents.total and contents.total != contents.steps else ""
     yield "Steps", f"{contents.steps:,}{asked}" if contents.metrics else ""
     yield "Training", _duration(contents.seconds) if contents.seconds else ""
@@ -96,6 +101,7 @@ def _facts(contents: Contents) -> Iterator[tuple[str, str]]:
     yield "When", f"{when.day} {month_name[when.month]} {when.year}, {when:%H:%M} UTC"
     device, threads = contents.environment.get("device"), contents.environment.get("threads")
     yield "Device", escape(f"{device}, {threads} thread{'' if threads == 1 else 's'}") if device else ""
+    yield "Method", _method(contents.recipe)
 
 
 def _method(recipe: str) -> str:
@@ -151,8 +157,8 @@ def _label(table: Table, name: str) -> str:
 
 
 def _cell(cell: Cell) -> str:
-    if not isinstance(cell, (Value, float, int)):
-        return f"<span>{escape(format_cell(cell))}</span>"
+    if isinstance(cell, str):
+        return f"<span>{escape(cell)}</span>"
     mean, sign, error = _minus(format_cell(cell)).partition(" ± ")
     return f'<span>{escape(mean)}<span class="error">{escape(sign + error)}</span></span>'
 
