@@ -154,7 +154,9 @@ def start(precision: str, trackers: tuple[str, ...], folder: Path) -> Accelerato
         # Accelerate keeps the precision of the first run of a process; a later run may want another.
         AcceleratorState._reset_state(False)
     log_with: Any = list(trackers) or None
-    return Accelerator(mixed_precision=mixed, log_with=log_with, project_dir=str(folder))
+    # Without this, processes launched on a machine that has no accelerator would not find one another.
+    alone = not torch.accelerator.is_available()
+    return Accelerator(mixed_precision=mixed, log_with=log_with, project_dir=str(folder), cpu=alone)
 
 
 def prepare(name: str, module: nn.Module, training: Training, accelerator: Accelerator, *, shard: bool) -> Learner:

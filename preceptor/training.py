@@ -246,9 +246,12 @@ class Run:
         Raises:
             NonFiniteLoss: the loss or its gradient is not finite; no weight has changed.
             UserError: the whole step counted nothing.
+            RuntimeError: the student has been updated already in this step.
         """
-        if not self._in_split and self._micro is None and module == "student":
+        if self._micro is None and not self._in_split and module == "student":
             self._close_step()
+        if self._stepped() and module == "student":
+            raise RuntimeError("the student was updated already in this step: update once a micro-batch of run.split")
         learner = self._learners[module]
         learner.add(loss_sum, count, parts or {}, idle=self._idle, alone=len(self._learners) == 1)
         if not self._last:

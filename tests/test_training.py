@@ -266,6 +266,24 @@ def test_a_loop_without_update_is_found_out(tmp_path: Path) -> None:
             pass
 
 
+def test_a_second_update_in_one_step_is_found_out(tmp_path: Path) -> None:
+    x, y = material()
+    run = Run(Training(steps=2), student=network(), folder=tmp_path)
+    rows = next(run.steps(range(40)))
+    run.update(*ragged_loss(run.student, x, y, rows))
+    with pytest.raises(RuntimeError, match="updated already"):
+        run.update(*ragged_loss(run.student, x, y, rows))
+
+
+def test_a_loop_without_data_of_its_own_steps_at_every_update(tmp_path: Path) -> None:
+    x, y = material()
+    run = Run(Training(steps=3), student=network(), folder=tmp_path)
+    while run.step < run.total:
+        run.update(*ragged_loss(run.student, x, y, [run.step]))
+    run.finish()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+
+
 @pytest.mark.parametrize(
     ("wrong", "word"),
     [
