@@ -160,7 +160,7 @@ def _cell(cell: Cell) -> str:
     if isinstance(cell, str):
         return f"<span>{escape(cell)}</span>"
     mean, sign, error = _minus(format_cell(cell)).partition(" ± ")
-    return f'<span>{escape(mean)}<span class="error">{escape(sign + error)}</span></span>'
+    return f'<span class="value">{escape(mean)}<span class="error">{escape(sign + error)}</span></span>'
 
 
 def _minus(text: str) -> str:
