@@ -1,0 +1,154 @@
+"""The header: of which teacher, tokenizer, template and truncation a cache is, and how it is encoded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from preceptor.cache.codecs import Codec, Kind, codebook, codec_from, kind_of
+from preceptor.errors import UserError
+from preceptor.folder import write_whole
+from preceptor.knowledge import Head
+from preceptor.models import LanguageModel, template_hash, tokenizer_hash
+
+VERSION = 1
+UNFINISHED = ("codebook.safetensors", "head.safetensors")
+"""Files that a capture killed at its very beginning may leave; header.json is written last."""
+_SAMPLED_WEIGHTS = 4096  # of each parameter, for the fingerprint
+
+
+@dataclass(frozen=True)
+class Header:
+    """What header.json says.
+
+    ``temperature`` is 1: hidden states give logits at any other, and top-k rows are raised to a power by the divergence
+    (their tail taken as flat). ``rows`` tells which positions are stored: those that predict a response token.
+    """
+
+    version: int
+    kind: Kind
+    parameters: dict[str, Any]
+    teacher: str
+    weights: str
+    tokenizer: str
+    template: str
+    vocabulary: int
+    width: int
+    max_length: int
+    temperature: float = 1.0
+    truncation: str = "the end of a sequence is cut off"
+    rows: str = "positions that predict a response token"
+    scale: float = 1.0
+    softcap: float | None = None
+    chosen: str = ""
+
+    @staticmethod
+    def of(model: LanguageModel, name: str, codec: Codec, max_length: int, chosen: str) -> Header:
+        """The header of a cache of what ``model`` says."""
+        head = model.head
+        return Header(
+            version=VERSION,
+            kind=kind_of(codec),
+            parameters=codebook(codec)[0],
+            teacher=name,
+            weights=fingerprint(model),
+            tokenizer=tokenizer_hash(model.tokenizer),
+            template=template_hash(model.tokenizer),
+            vocabulary=model.vocabulary,
+            width=model.width,
+            max_length=max_length,
+            scale=head.scale,
+            softcap=head.softcap,
+            chosen=chosen,
+        )
+
+    @staticmethod
+    def read(folder: Path) -> Header:
+        """The header of the cache in a folder.
+
+        Raises:
+            UserError: no cache is there, or one of another format.
+        """
+        path = folder / "header.json"
+        try:
+            told = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder} holds no cache (header.json): make one with `preceptor cache`.") from error
+        known = {field.name for field in fields(Header)}
+        if not isinstance(told, dict) or told.get("version") != VERSION or not set(told) <= known:
+            raise UserError(f"{path} is not of cache format {VERSION}: capture the cache again with this version.")
+        return Header(**told)
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Refuse another tokenizer or chat template.
+
+        Raises:
+            UserError: the ids mean other tokens, or sequences would be rendered otherwise.
+        """
+        if tokenizer_hash(tokenizer) != self.tokenizer:
+            raise UserError(
+                f"The cache was made with another tokenizer ({self.teacher}'s, {self.vocabulary} tokens): use a "
+                "student of that family, or capture again with your teacher."
+            )
+        if template_hash(tokenizer) != self.template:
+            raise UserError(
+                f"The cache was made with another chat template ({self.teacher}'s), so its sequences would not be "
+                "found: give the student the same template, or capture again."
+            )
+
+    def check_teacher(self, teacher: LanguageModel) -> None:
+        """Refuse another teacher.
+
+        Raises:
+            UserError: the weights differ.
+        """
+        if fingerprint(teacher) != self.weights:
+            raise UserError(
+                f"The cache is of another teacher ({self.teacher}, or the same in other weights or another dtype): "
+                "choose another folder for this one."
+            )
+
+
+def write(folder: Path, header: Header, codec: Codec, head: Head) -> None:
+    """Write codebook, head and, last, the header, which makes the cache exist."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(codebook(codec)[1], folder / "codebook.safetensors")
+    if header.kind == "hidden":
+        tensors = {"weight": head.weight.detach().cpu().contiguous()}
+        if head.bias is not None:
+            tensors["bias"] = head.bias.detach().cpu().contiguous()
+        save_file(tensors, folder / "head.safetensors")
+    write_whole(folder / "header.json", json.dumps(asdict(header), indent=2) + "\n")
+
+
+def load(folder: Path, header: Header) -> tuple[Codec, Head | None]:
+    """The codec of a cache, and the teacher's head where hidden states are kept.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    try:
+        codec = codec_from(header.kind, header.parameters, load_file(folder / "codebook.safetensors"))
+        if header.kind != "hidden":
+            return codec, None
+        tensors = load_file(folder / "head.safetensors")
+    except Exception as error:  # safetensors raises its own kinds
+        raise UserError(f"The cache {folder} lacks a readable codebook or head ({error}): capture it again.") from error
+    return codec, Head(tensors["weight"], tensors.get("bias"), header.scale, header.softcap)
+
+
+def fingerprint(model: LanguageModel) -> str:
+    """BLAKE2b of names, shapes and up to 4,096 evenly spaced values of each parameter."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, parameter in model.causal.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        flat: Tensor = parameter.detach().reshape(-1)
+        digest.update(flat[:: max(1, flat.numel() // _SAMPLED_WEIGHTS)].to("cpu", torch.float32).numpy().tobytes())
+    return digest.hexdigest()
