@@ -101,9 +101,9 @@ def main(config: Config) -> None:
     student = load(_weights(config.student, run), dtype=config.dtype)
     same_tokenizer(teacher, student)
     students = {TAUGHT: student, **_others(config, settings, teacher)}
-    sequences = _held_out(config, run, teacher)
+    sequences, shown = _held_out(config, run, teacher)
     said = ask(teacher, sequences)
-    measures = {TEACHER: evaluate_language(teacher, None, sequences)}
+    measures = {TEACHER: evaluate_language(teacher, None, sequences, said=said)}
     own: dict[str, OwnSampleMeasures] = {}
     prompts = [sequence.prompt for sequence in sequences if sequence.prompt]
     for label in (UNTAUGHT, LABELS_ONLY, TAUGHT):
@@ -115,7 +115,7 @@ def main(config: Config) -> None:
                 own[label] = evaluate_own_samples(model, teacher, prompts, max_new_tokens=length, seed=config.seed)
     table = language_table(f"{config.student} beside its teacher", measures, own)
     in_order = {label: teacher if label == TEACHER else students[label] for label in measures}
-    told = samples(in_order, _shown(config), max_new_tokens=config.answer_length) if config.shown else []
+    told = samples(in_order, shown, max_new_tokens=config.answer_length) if shown else []
     command = f"preceptor evaluate {config.student}"
     write_result(folder, table, told, headline=language_headline(measures), command=command)
     table.print()
@@ -193,29 +193,26 @@ def _others(config: Config, settings: dict[str, Any], teacher: LanguageModel) ->
     return models
 
 
-def _held_out(config: Config, run: Path | None, teacher: LanguageModel) -> list[Sequence]:
-    """The text of the evaluation: what was given, the run's own exam, or embedded prompts and the teacher's answers."""
+def _held_out(
+    config: Config, run: Path | None, teacher: LanguageModel
+) -> tuple[list[Sequence], list[tuple[Message, ...]]]:
+    """The text of the evaluation, and the conversations whose answers are shown.
+
+    It is what was given, else the run's own exam, else embedded prompts with answers that the teacher writes now.
+    """
+    lessons = None if run is None else run / "lessons.jsonl"
     if config.data:
         examples = read(config.data, limit=config.limit)
-        return encode(examples, teacher.tokenizer, max_length=config.max_length)
-    lessons = None if run is None else run / "lessons.jsonl"
+        turns = [example.messages for example in examples if example.messages]
+        asked = [said[:-1] if said[-1]["role"] == "assistant" else said for said in turns]
+        shown = [conversation for conversation in asked if conversation]
+        return encode(examples, teacher.tokenizer, max_length=config.max_length), shown[: config.shown]
     if lessons is not None and lessons.is_file():
-        return prepare(Text(), teacher, seed=config.seed, path=lessons).exam[: config.limit]
+        prepared = prepare(Text(), teacher, seed=config.seed, path=lessons)
+        return prepared.exam[: config.limit], prepared.questions[: config.shown]
     asked = make_prompts(config.limit, config.seed, held_out=True)
     ids = [encode_prompt(messages, teacher.tokenizer) for messages in asked]
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        return write_answers(teacher, ids, config.answer_length, max_length=config.max_length)
-
-
-def _shown(config: Config) -> list[tuple[Message, ...]]:
-    """The prompts of the answers that are shown: from the data, else embedded ones that no student was taught."""
-    if not config.data:
-        return make_prompts(config.shown, config.seed, held_out=True)
-    found = []
-    for example in read(config.data, limit=config.limit):
-        turns = example.messages
-        asked = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
-        if asked:
-            found.append(asked)
-    return found[: config.shown]
+        written = write_answers(teacher, ids, config.answer_length, max_length=config.max_length)
+    return written, asked[: config.shown]

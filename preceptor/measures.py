@@ -115,6 +115,7 @@ def evaluate_language(
     teacher: LanguageModel | Said | None,
     sequences: Listed[Sequence],
     *,
+    said: Said | None = None,
     batch_size: int = 8,
     speed: bool = True,
     chunk_bytes: int = CHUNK_BYTES,
@@ -125,6 +126,7 @@ def evaluate_language(
         student: the model to measure (the teacher itself too: leave ``teacher`` None).
         teacher: the teacher, or what it said of these sequences (``ask``), or None: no KL and no agreement.
         sequences: encoded text; only response tokens count.
+        said: what the model to measure said of these sequences, if it was asked already.
         batch_size: sequences at a time.
         speed: measure tokens a second too.
         chunk_bytes: bound of the float32 matrices (rows, vocabulary) that are held.
@@ -135,9 +137,11 @@ def evaluate_language(
     if isinstance(teacher, LanguageModel):
         same_tokenizer(teacher, student)
         teacher = ask(teacher, sequences, batch_size=batch_size)
-    said = ask(student, sequences, batch_size=batch_size)
+    said = said or ask(student, sequences, batch_size=batch_size)
     labels = [_labels(sequence) for sequence in sequences]
     counts = [len(row) for row in labels]
+    if [len(rows) for rows in said.rows] != counts:
+        raise UserError("What the model said is of other sequences: ask it about those that are evaluated.")
     figures = [torch.split(figure, counts) for figure in _figures(said, teacher, labels, chunk_bytes)]
     forward_kl, _, agreement, entropy, confidence, right = figures
     cross_entropy = _per_token(entropy, counts)
@@ -376,7 +380,8 @@ def _setting(model: LanguageModel) -> str:
     kind = str(next(model.parameters()).dtype).removeprefix("torch.")
     if model.device.type == "cuda":
         return f"{torch.cuda.get_device_name(model.device)}, {kind}"
-    return f"{model.device.type}, {torch.get_num_threads()} threads, {kind}"
+    threads = torch.get_num_threads()
+    return f"{model.device.type}, {threads} thread{'' if threads == 1 else 's'}, {kind}"
 
 
 def _scaled(value: Value, factor: float) -> Value:

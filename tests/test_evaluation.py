@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from preceptor.data import Sequence
 from preceptor.errors import UserError
 from preceptor.evaluation import (
+    LABELS_ONLY,
     TAUGHT,
     TEACHER,
     UNTAUGHT,
@@ -35,6 +36,7 @@ from preceptor.evaluation import (
     samples,
     write_result,
 )
+from preceptor.lessons import Text, prepare
 from preceptor.models import LanguageModel
 from preceptor.table import format_cell
 
@@ -158,8 +160,12 @@ def test_what_the_teacher_said_serves_several_students(
     assert reused.kl is not None
     assert reused.kl.mean == pytest.approx(online.kl.mean, rel=1e-6)
     assert reused.kl.error == pytest.approx(online.kl.error, rel=1e-5)
+    alone = evaluate_language(teacher, None, sequences, speed=False)
+    assert evaluate_language(teacher, None, sequences, said=ask(teacher, sequences), speed=False) == alone
     with pytest.raises(UserError, match="other sequences"):
         evaluate_language(student, said, sequences[:-1], speed=False)
+    with pytest.raises(UserError, match="other sequences"):
+        evaluate_language(teacher, None, sequences[:-1], said=said, speed=False)
 
 
 def test_own_samples_are_the_students_and_follow_the_seed(teacher: LanguageModel, student: LanguageModel) -> None:
@@ -213,7 +219,7 @@ def test_speed_is_measured_and_its_setting_named(student: LanguageModel, sequenc
     assert got.prefill is not None
     assert got.decode is not None
     assert got.prefill.mean > got.decode.mean > 0
-    assert f"{torch.get_num_threads()} threads" in got.setting
+    assert f"{torch.get_num_threads()} thread" in got.setting
 
 
 def test_tokenizers_that_differ_are_refused(teacher: LanguageModel, sequences: list[Sequence]) -> None:
@@ -326,7 +332,7 @@ def test_language_table_and_headline(teacher: LanguageModel, student: LanguageMo
     assert made.rows["perplexity"][TEACHER] is not None
     assert list(made.rows)[1] == "KL(model ‖ teacher), own samples"
     assert [name for name, cell in made.rows["KL(model ‖ teacher), own samples"].items() if cell] == [TAUGHT]
-    assert any("threads" in note for note in made.notes)
+    assert any("thread" in note for note in made.notes)
     agreements = [f"{100 * found[name].agreement.mean:.0f} %" for name in (TAUGHT, UNTAUGHT)]  # type: ignore[union-attr]
     assert language_headline(found) == (
         f"The taught student and its teacher agree on {agreements[0]} of next tokens; untaught it is {agreements[1]}."
@@ -369,6 +375,40 @@ def test_the_command_writes_table_samples_and_page(
     assert len(json.loads((run / "samples.json").read_text())) == 2
     assert "taught student" in (run / "report.html").read_text()
     assert "perplexity" in capsys.readouterr().out
+
+
+def test_the_command_takes_the_runs_own_exam(teacher: LanguageModel, student: LanguageModel, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    teacher.save(tmp_path / "teacher")
+    student.save(run / "student")
+    (run / "config.json").write_text(json.dumps({"teacher": str(tmp_path / "teacher")}))
+    exam = [{"prompt": f"w{i}", "completion": "w7 w8"} for i in range(4, 10)]
+    (tmp_path / "all.jsonl").write_text("\n".join(map(json.dumps, exam)))
+    lessons = prepare(Text(str(tmp_path / "all.jsonl"), held_out=3), teacher, seed=0, path=run / "lessons.jsonl")
+    main(Config(str(run / "student"), answer_length=4, output=str(tmp_path / "there")))
+    made = Table.from_json(json.loads((tmp_path / "there" / "result.json").read_text())["table"])
+    assert made.columns == [TEACHER, TAUGHT]
+    assert f"{len(lessons.exam)} sequences" in made.notes[0]
+    told = json.loads((tmp_path / "there" / "samples.json").read_text())
+    assert [one["prompt"] for one in told] == [asked[-1]["content"] for asked in lessons.questions]
+    assert not (run / "result.json").exists()
+
+
+def test_without_data_the_teacher_answers_embedded_prompts(
+    teacher: LanguageModel, student: LanguageModel, tmp_path: Path
+) -> None:
+    teacher.save(tmp_path / "teacher")
+    student.save(tmp_path / "student")
+    there = tmp_path / "there"
+    main(
+        Config(
+            str(tmp_path / "student"), teacher=str(tmp_path / "teacher"), labels_only=str(tmp_path / "student"),
+            limit=3, answer_length=4, shown=1, output=str(there),
+        )
+    )  # fmt: skip
+    rows = Table.from_json(json.loads((there / "result.json").read_text())["table"]).rows
+    assert rows["perplexity"][LABELS_ONLY] == rows["perplexity"][TAUGHT]
+    assert rows["KL(teacher ‖ model)"][TAUGHT].mean > 0  # type: ignore[union-attr]
 
 
 def test_settings_that_leave_nothing_are_refused() -> None:
