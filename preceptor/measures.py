@@ -199,7 +199,10 @@ def evaluate_own_samples(
 def samples(
     models: Mapping[str, LanguageModel], prompts: Listed[Listed[Message]], *, max_new_tokens: int = 96
 ) -> list[dict[str, Any]]:
-    """What each model answers to conversations, greedily: a list of ``{"prompt": str, "answers": {label: str}}``."""
+    """What each model answers to conversations, greedily: a list of ``{"prompt": str, "answers": {label: str}}``.
+
+    An answer that the limit cuts off ends with "…".
+    """
     told: list[dict[str, Any]] = []
     for conversation in prompts:
         told.append({"prompt": "\n\n".join(message["content"] for message in conversation), "answers": {}})
@@ -207,7 +210,8 @@ def samples(
         ids = [encode_prompt(conversation, model.tokenizer) for conversation in prompts]
         answers = model.generate(ids, max_new_tokens=max_new_tokens, temperature=0.0)
         for one, answer in zip(told, answers):
-            one["answers"][label] = model.tokenizer.decode(answer, skip_special_tokens=True).strip()
+            cut = "" if not answer or answer[-1] in model.stop_ids else " …"
+            one["answers"][label] = model.tokenizer.decode(answer, skip_special_tokens=True).strip() + cut
     return told
 
 

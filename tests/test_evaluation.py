@@ -12,7 +12,7 @@ from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from preceptor.data import Sequence
+from preceptor.data import Sequence, encode_prompt
 from preceptor.errors import UserError
 from preceptor.evaluation import (
     LABELS_ONLY,
@@ -345,6 +345,11 @@ def test_samples_are_greedy_and_side_by_side(teacher: LanguageModel, student: La
     told = samples({"teacher": teacher, "student": student}, prompts, max_new_tokens=6)
     assert [one["prompt"] for one in told] == ["w5 w6", "w9"]
     assert all(list(one["answers"]) == ["teacher", "student"] for one in told)
+    ids = [encode_prompt(prompt, teacher.tokenizer) for prompt in prompts]
+    for one, answer in zip(told, teacher.generate(ids, max_new_tokens=6, temperature=0.0)):
+        assert one["answers"]["teacher"].endswith("…") == (answer[-1] not in teacher.stop_ids)
+        words = teacher.tokenizer.decode(answer, skip_special_tokens=True)
+        assert one["answers"]["teacher"].removesuffix(" …") == words.strip()
     assert told == samples({"teacher": teacher, "student": student}, prompts, max_new_tokens=6)
 
 

@@ -210,4 +210,6 @@ def test_curves_leave_out_what_is_constant_or_not_finite() -> None:
     metrics.append({"step": 4.0, "loss": float("nan"), "flat": 2.0})
     curves = collect(metrics)
     assert [curve.title for curve in curves] == ["Loss"]
+    twice = [{**line, "divergence": line["loss"] * 1.00001, "agreement": 1 / line["step"] + 1} for line in metrics[:3]]
+    assert [curve.title for curve in collect(twice)] == ["Loss", "Agreement with the teacher"]
     assert curves[0].training.steps == [1, 2, 3]

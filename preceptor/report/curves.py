@@ -56,7 +56,7 @@ def collect(metrics: list[dict[str, float]]) -> list[Curve]:
     curves, drawn = [], list[Series]()
     for name in order:
         series = _series(metrics, name)
-        if series in drawn:
+        if any(_same(series, other) for other in drawn):
             continue
         drawn.append(series)
         held_out = name.startswith(HELD_OUT)
@@ -130,6 +130,13 @@ def _thin(series: Series) -> tuple[list[float], list[float]]:
         [math.fsum(part) / len(part) for part in (series.steps[start : start + size] for start in buckets)],
         [math.fsum(part) / len(part) for part in (series.values[start : start + size] for start in buckets)],
     )
+
+
+def _same(one: Series, other: Series) -> bool:
+    """Whether two lines are one, as the loss and its only part are, but for rounding."""
+    if one.steps != other.steps:
+        return False
+    return all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(one.values, other.values))
 
 
 def _noisy(values: list[float]) -> bool:
