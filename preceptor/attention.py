@@ -188,28 +188,27 @@ class AttentionTeacher:
     """A teacher that is asked for its projections, without gradient.
 
     With ``remember`` every sequence passes through the layers below only once: the hidden states that enter the layer
-    are kept, 4 * width bytes a token (float32), and only the layer's own projections are computed anew. With
-    ``partners`` (ids to ids of equal length) a sequence is answered by another's: a control.
+    are kept, 4 * width bytes a token (float32), and only the layer's own projections are computed anew.
     """
 
-    def __init__(
-        self,
-        teacher: SelfAttention,
-        *,
-        remember: bool = False,
-        partners: Mapping[tuple[int, ...], tuple[int, ...]] | None = None,
-    ) -> None:
+    def __init__(self, teacher: SelfAttention, *, remember: bool = False) -> None:
         self.teacher = teacher.requires_grad_(False).eval()
-        self.remember = remember or partners is not None
-        self.partners = partners or {}
+        self.remember = remember
+        self._partners: Mapping[tuple[int, ...], tuple[int, ...]] = {}
         self._kept: dict[tuple[int, ...], Tensor] = {}
+
+    def confused(self, partners: Mapping[tuple[int, ...], tuple[int, ...]]) -> AttentionTeacher:
+        """A control with the same memory, which answers a sequence with another's projections (ids to ids as long)."""
+        control = AttentionTeacher(self.teacher, remember=True)
+        control._partners, control._kept = partners, self._kept
+        return control
 
     @torch.no_grad()
     def __call__(self, batch: Batch, *, scored: bool = True) -> Projections:
         """The projections of a batch, as `SelfAttention` gives them."""
         if not self.remember:
             return self.teacher.project(self.teacher.below(batch.input_ids, batch.attention_mask), scored=scored)
-        asked = [self.partners.get(sequence.ids, sequence.ids) for sequence in batch.sequences()]
+        asked = [self._partners.get(sequence.ids, sequence.ids) for sequence in batch.sequences()]
         missing = [Sequence(ids, (True,) * len(ids)) for ids in dict.fromkeys(asked) if ids not in self._kept]
         if missing:
             new = collate(missing, 0).to(batch.input_ids.device)

@@ -63,25 +63,26 @@ class Study:
     exam: SentenceExam
 
 
-def make_study(name: str, *, lessons: int, max_length: int) -> Study:
-    """The teacher ``name``, 1,000 sentences to examine, 3,000 (these among them) to probe, and ``lessons`` others.
+def make_study(name: str, *, lessons: int, max_length: int, examined: int = 1000, probed: int = 3000) -> Study:
+    """The teacher ``name``, the first sentences to examine and to probe, and ``lessons`` others to learn from.
 
-    The probe tells the five largest sources of the 3,000 apart.
+    The first ``examined`` sentences are for relations and ranks; the probe tells the five largest sources of the first
+    ``probed`` apart. Which sentences come first depends on the Python installation alone.
     """
     body, tokenizer = load_body(name)
     listed = embedded_sentences()
     listed = [listed[i] for i in np.random.default_rng(0).permutation(len(listed))]
     sequences = encode_texts([one.text for one in listed], tokenizer, max_length=max_length)
-    exam, learned = sequences[:1000], sequences[3000 : 3000 + lessons]
-    common = {source for source, _ in Counter(one.source for one in listed[:3000]).most_common(5)}
-    probed = [i for i in range(3000) if listed[i].source in common]
+    exam, learned = sequences[:examined], sequences[probed : probed + lessons]
+    common = {source for source, _ in Counter(one.source for one in listed[:probed]).most_common(5)}
+    asked = [i for i in range(probed) if listed[i].source in common]
     questions = SentenceExam(
         exam,
         embed(lambda ids, mask: body(input_ids=ids, attention_mask=mask).last_hidden_state, exam),
         random_pairs(1000, len(exam)),
-        [sequences[i] for i in probed],
-        [listed[i].source for i in probed],
+        [sequences[i] for i in asked],
+        [listed[i].source for i in asked],
     )
-    reader = SelfAttention(body)
-    teacher, control = AttentionTeacher(reader, remember=True), AttentionTeacher(reader, partners=pair_up(learned))
+    teacher = AttentionTeacher(SelfAttention(body), remember=True)
+    control = teacher.confused(pair_up(learned))
     return Study(body, tokenizer, teacher, control, Texts(learned, exam, padding_id(tokenizer)), questions)

@@ -10,10 +10,10 @@ sequence x, and each model's own head width d:
     L_AT = 1/(A n) Σ_a Σ_t KL( softmax(QKᵀ/√d) of the teacher ‖ that of the student )
     L_VR = 1/(A n) Σ_a Σ_t KL( softmax(VVᵀ/√d) of the teacher ‖ that of the student ),     L = L_AT + L_VR
 
-There are no labels, no temperature, no hidden states to project: widths and depths may differ, tokens must not.
+There are no labels, no temperature and no projections: widths and depths may differ, tokens must not.
 
-With ``relation_heads`` it is MiniLMv2 (https://arxiv.org/abs/2012.15828): Q-Q, K-K and V-V relations over heads cut
-anew, so that head counts may differ too.
+With ``relation_heads`` it is MiniLMv2 (https://arxiv.org/abs/2012.15828): Q-Q, K-K and V-V relations, weight 1 each,
+over heads cut anew, so that head counts may differ too.
 
 Decided here, where the sources differ or are silent:
 
@@ -22,7 +22,6 @@ Decided here, where the sources differ or are silent:
 * Causal models: attention and value relations share the causal mask. Queries and keys are taken after rotary embedding
   for L_AT, and before it for MiniLMv2. Grouped queries: keys are repeated for L_AT; L_VR is taken over the key and
   value heads.
-* MiniLMv2's weights are 1 each.
 * Nothing above the last layer's projections can learn from this loss. Those parameters (the layer's output projection
   and feed-forward part, later norms, the pooler) are frozen: without weight decay and without optimiser state, and data
   parallelism needs no search for unused parameters. The saved student holds them as they were initialised, so fine-tune
@@ -51,15 +50,8 @@ from preceptor.encoders import Texts, load_body, make_body, read_texts, save_bod
 from preceptor.errors import UserError
 from preceptor.evaluation import write_result
 from preceptor.folder import write_whole
-from preceptor.losses import Loss
-from preceptor.losses.relations import (
-    Average,
-    Projections,
-    attention_value_loss,
-    relation_heads_loss,
-    relation_inputs,
-    uniform_reference,
-)
+from preceptor.losses import Loss, relations
+from preceptor.losses.relations import Average, Projections
 from preceptor.masked_language import MaskedLanguage, learn_words
 from preceptor.models import tokenizer_hash
 from preceptor.report import write_report
@@ -137,9 +129,9 @@ def objective(config: Config, student: Projections, teacher: Projections, batch:
     mask, average, heads = batch.attention_mask, config.average, config.relation_heads
     if not heads:
         weights = config.weights or (1.0, 1.0)
-        return attention_value_loss(student, teacher, mask, causal=causal, weights=weights, average=average)
+        return relations.attention_value_loss(student, teacher, mask, causal=causal, weights=weights, average=average)
     weights = config.weights or (1.0, 1.0, 1.0)
-    return relation_heads_loss(
+    return relations.relation_heads_loss(
         student, teacher, mask, relation_heads=heads, causal=causal, weights=weights, average=average
     )
 
@@ -170,8 +162,8 @@ def measure(config: Config, teach: Teach, student: SelfAttention, texts: Texts) 
         told = teach(batch)
         learned = student(batch.input_ids, batch.attention_mask, scored=not config.relation_heads)
         parts = objective(alike, learned, told, batch, causal=student.causal).parts
-        for name, (x, y) in relation_inputs(told, config.relation_heads).items():
-            uniform = uniform_reference(x, y, batch.attention_mask, causal=student.causal).sum()
+        for name, (x, y) in relations.relation_inputs(told, config.relation_heads).items():
+            uniform = relations.uniform_reference(x, y, batch.attention_mask, causal=student.causal).sum()
             for label, figure in ((name, parts[name]), (f"{name} uniform", uniform)):
                 sums[label] = sums.get(label, 0.0) + float(figure) / len(texts.exam)
     student.train(mode)
@@ -186,9 +178,7 @@ def main(config: Config) -> Table:
             run; there is too little text.
     """
     if config.training.shard:
-        raise UserError(
-            "minilm reads inside a layer, which a sharded model does not allow: set training.shard to False."
-        )
+        raise UserError("minilm reads inside a layer, which a sharded model forbids: set training.shard to False.")
     body, tokenizer = load_body(config.teacher)
     teacher = SelfAttention(body, config.teacher_layer)
     texts = prepare(config, teacher, tokenizer)
@@ -273,16 +263,12 @@ ARMS = {
     "attention only": "weights 1, 0",
     "value only": "weights 0, 1",
     "another sentence": "a control: the teacher reads another sentence of the same length",
-    "masked LM": "no teacher: BERT's masked language modelling, as many steps",
+    "masked LM": "no teacher: BERT's masked language modelling (its training loss is that of words), as many steps",
     **{f"A_r = {heads}": "MiniLMv2, a student of 6 heads, a quarter of the steps" for heads in (12, 24, 48)},
 }
 COLUMNS: dict[str, Literal["lower", "higher"]] = {
-    "L_AT": "lower",
-    "L_VR": "lower",
-    "last training loss": "lower",
-    "loss left": "lower",
-    "rank agreement": "higher",
-    "probe": "higher",
+    **dict.fromkeys(("L_AT", "L_VR", "last training loss", "loss left"), "lower"),
+    **dict.fromkeys(("rank agreement", "probe"), "higher"),
 }
 
 
@@ -295,7 +281,8 @@ def reproduce(seeds: int, folder: Path, full: bool) -> Table:
     documentation a sentence is from. ``full``: twice the sentences and their length, 2,000 steps.
     """
     study = make_study("minilm-l6", lessons=10_000 if full else 5000, max_length=64 if full else 32)
-    done = [one_seed(study, seed, folder, steps=2000 if full else 400) for seed in range(seeds)]
+    path, steps = folder / ("full" if full else "arms"), 2000 if full else 400
+    done = [one_seed(study, seed, path, steps=steps) for seed in range(seeds)]
     table = Table("MiniLM: 3 layers of 192 taught by all-MiniLM-L6-v2 (6 of 384)", list(COLUMNS), better=dict(COLUMNS))
     table.units = {"L_AT": "nat", "L_VR": "nat", "last training loss": "nat", "loss left": "%", "probe": "%"}
     table.rows["uniform"] = {name: done[0]["untaught"][f"{name} uniform"] for name in ("L_AT", "L_VR")}
@@ -303,9 +290,10 @@ def reproduce(seeds: int, folder: Path, full: bool) -> Table:
         cells = {column: [seed[arm][column] for seed in done if column in seed[arm]] for column in COLUMNS}
         table.rows[arm] = {column: mean_of(values) for column, values in cells.items() if values}
     table.notes = [f"{arm}: {what}." for arm, what in ARMS.items()]
-    table.notes.append(
-        f"Student vectors are the mean of the states below its last layer. {seeds} seeds, ± standard error."
-    )
+    table.notes += [
+        "Loss left: the arm's own held-out relation loss, as a share of that at step 0.",
+        f"Student vectors are the mean of the states below its last layer. {seeds} seeds, ± standard error.",
+    ]
     table.claims = [*claims(done), refusal(study)]
     return table
 
@@ -324,10 +312,11 @@ def one_seed(study: Study, seed: int, folder: Path, *, steps: int) -> dict[str, 
     for arm in ARMS:
         path = folder / f"{arm.replace(' ', '_')}_{seed}"
         done = path / "figures.json"
+        path.mkdir(parents=True, exist_ok=True)
         if not done.exists():
-            path.mkdir(parents=True, exist_ok=True)
-            found = one_arm(study, arm, replace(configs.get(arm, plain), output=str(path)))
-            write_whole(done, json.dumps(found, indent=2) + "\n")
+            write_whole(
+                done, json.dumps(one_arm(study, arm, replace(configs.get(arm, plain), output=str(path)))) + "\n"
+            )
             shutil.rmtree(path / "checkpoints", ignore_errors=True)
         figures[arm] = json.loads(done.read_text(encoding="utf-8"))
     return figures
@@ -335,9 +324,9 @@ def one_seed(study: Study, seed: int, folder: Path, *, steps: int) -> dict[str, 
 
 def one_arm(study: Study, arm: str, config: Config) -> dict[str, float]:
     """Teach one student and measure it. A folder of an arm that was stopped is taken up where it can be."""
-    pupil = make_body(config.student, study.body, study.tokenizer, dropout=0.0, seed=config.training.seed)
-    scored = not config.relation_heads
+    scored, seed = not config.relation_heads, config.training.seed
     truth = partial(study.teacher, scored=scored)
+    pupil = make_body(config.student, study.body, study.tokenizer, dropout=0.0, seed=seed)
     learner = MaskedLanguage(pupil, study.tokenizer) if arm == "masked LM" else SelfAttention(pupil)
     before = figures_of(config, truth, pupil, study, vectors=arm == "untaught")
     if arm == "untaught":
@@ -358,9 +347,9 @@ def figures_of(config: Config, teach: Teach, pupil: Any, study: Study, *, vector
     """Held-out relations of one student, and what its vectors are good for. The student is left as it is."""
     student = SelfAttention(copy.deepcopy(pupil).eval())
     told = measure(config, teach, student, study.texts)
-    terms = [name for name in told if not name.endswith(" uniform")]
+    terms = [value for name, value in told.items() if not name.endswith(" uniform")]
     weights = config.weights or (1.0,) * len(terms)
-    found = {"loss": sum(weight * told[name] for weight, name in zip(weights, terms, strict=True))}
+    found = {"loss": sum(weight * term for weight, term in zip(weights, terms, strict=True))}
     if not config.relation_heads:
         for name, label in (("attention", "L_AT"), ("value", "L_VR")):
             found |= {label: told[name], f"{label} uniform": told[f"{name} uniform"]}
@@ -377,34 +366,35 @@ def claims(done: list[dict[str, dict[str, float]]]) -> list[Claim]:
         return compare(of(arm, column), of(other, column), text, better=COLUMNS.get(column, "lower")).claim
 
     found = []
-    for column, other in (("L_AT", "value only"), ("L_VR", "attention only")):
-        start, end, without = (mean_of(of(arm, column)).mean for arm in ("untaught", "full", other))
+    for column, alone, other in (("L_AT", "attention only", "value only"), ("L_VR", "value only", "attention only")):
+        start, end, own, without = (mean_of(of(arm, column)).mean for arm in ("untaught", "full", alone, other))
         uniform = of("full", f"{column} uniform")
         stays = f"{column} stays within a quarter of its start where it is not taught ({other})"
+        suffices = f"{column} falls as far alone as with the other term, within a quarter ({alone})"
         found += [
             beats("full", "untaught", column, f"{column} falls by {1 - end / start:.0%} on held-out text"),
             compare(of("full", column), uniform, f"{column} falls below that of a uniform relation").claim,
             beats("full", other, column, f"{column} falls further than where it is not taught ({other})"),
             Claim(stays, f"{without / start:.0%} of the start", abs(without / start - 1) < 0.25),
+            Claim(suffices, f"{own:.3f} nat against {end:.3f}", abs(own / end - 1) < 0.25),
         ]
-    found.append(beats("full", "another sentence", "last training loss", "The control's training loss stays higher"))
-    found.append(beats("full", "another sentence", "loss", "... and so does its distance from the teacher"))
+    for column, what in (("last training loss", "training loss"), ("loss", "held-out distance from the teacher")):
+        found.append(beats("full", "another sentence", column, f"The control's {what} stays higher"))
     for column in ("rank agreement", "probe"):
         found.append(beats("full", "attention only", column, f"Both relations beat attention alone: {column}"))
         found.append(beats("attention only", "untaught", column, f"Attention alone beats no lesson: {column}"))
-    for arm in (arm for arm in ARMS if arm.startswith("A_r")):
-        left = of(arm, "loss left")
-        found.append(compare(left, [100.0] * len(left), f"MiniLMv2 teaches a student of 6 heads, {arm}").claim)
+    for arm in ("A_r = 12", "A_r = 24", "A_r = 48"):
+        text = f"MiniLMv2 teaches a student of 6 heads, {arm}"
+        found.append(compare(of(arm, "loss left"), [100.0] * len(done), text).claim)
     return found
 
 
 def refusal(study: Study) -> Claim:
     """Whether MiniLM refuses a student of 6 heads of a teacher of 12, and names the way out."""
-    spec = "fresh:layers=3,hidden=192,heads=6"
-    student = SelfAttention(make_body(spec, study.body, study.tokenizer, dropout=0.0, seed=0))
-    text = "MiniLM refuses a student with another number of heads"
+    config = Config(student="fresh:layers=3,hidden=192,heads=6")
+    text, said = "MiniLM refuses a student with another number of heads", "it was accepted"
     try:
-        check_fit(Config(student=spec), study.teacher, student, study.texts)
+        check_fit(config, study.teacher, start(config, study.body, study.tokenizer), study.texts)
     except UserError as error:
-        return Claim(text, str(error).partition(":")[0], "relation_heads" in str(error))
-    return Claim(text, "it was accepted", False)
+        said = str(error)
+    return Claim(text, said.partition(":")[0], "relation_heads" in said)

@@ -15,8 +15,10 @@ from preceptor.data import Sequence, collate
 from preceptor.encoders import Texts, load_body
 from preceptor.errors import UserError
 from preceptor.models import load
+from preceptor.probing import random_pairs
 from preceptor.recipes import minilm
 from preceptor.recipes.minilm import Config, learn, main, measure, objective, tiny
+from preceptor.sentence_study import SentenceExam, Study
 from preceptor.training import Run, Training
 
 WORDS = "the teacher shows how a row of scores becomes weights and the student learns to give these too"
@@ -179,7 +181,7 @@ def test_a_remembering_teacher_says_the_same_and_the_control_what_belongs_to_ano
     assert all(len(ids) == len(partner) for ids, partner in partners.items())
     assert sum(ids != partner for ids, partner in partners.items()) >= 8
     swapped = collate([Sequence(partners[one.ids], one.response) for one in texts], 0)
-    control = AttentionTeacher(reader, partners=partners)
+    control = kept.confused(partners)
     torch.testing.assert_close(control(batch).value * real, plain(swapped).value * real)
 
 
@@ -218,3 +220,36 @@ def test_a_folder_of_another_run_is_left_alone(config):
     with pytest.raises(UserError, match="max_length"):
         main(replace(config, max_length=16, resume=True))
     assert (Path(config.output) / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.fixture
+def study(teacher):
+    """The arms' study in small: a random teacher of 12 heads, a few texts."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 12, "intermediate_size": 32}
+    body = AutoModel.from_config(BertConfig(vocab_size=30522, initializer_range=0.5, **sizes)).eval()
+    texts = Texts(sequences(24, size=200), sequences(12, seed=1, size=200), 0)
+    exam = SentenceExam(texts.exam, torch.randn(12, 4), random_pairs(20, 12), texts.exam, ["one", "two"] * 6)
+    knows = AttentionTeacher(SelfAttention(body), remember=True)
+    tokenizer = load_body(teacher)[1]
+    return Study(body, tokenizer, knows, knows.confused(pair_up(texts.lessons)), texts, exam)
+
+
+def test_the_reproduction_keeps_its_arms_and_goes_on(study, tmp_path, monkeypatch):
+    def short(study, seed, path, *, steps):
+        return one_seed(study, seed, path, steps=4)
+
+    one_seed = minilm.one_seed
+    monkeypatch.setattr(minilm, "make_study", lambda name, **sizes: study)
+    monkeypatch.setattr(minilm, "one_seed", short)
+    table = minilm.reproduce(1, tmp_path / "there", full=False)
+    assert set(table.rows) == {"uniform", *minilm.ARMS}
+    assert table.rows["full"]["L_AT"].mean != table.rows["untaught"]["L_AT"].mean
+    assert table.rows["value only"]["loss left"].mean < 100
+    refused = [claim for claim in table.claims if "refuses" in claim.text]
+    assert refused[0].holds
+    assert not table.holds, "one seed has no standard error, so no comparison can hold"
+    assert not list((tmp_path / "there").rglob("*.safetensors"))
+    monkeypatch.setattr(minilm, "one_arm", None)
+    again = minilm.reproduce(1, tmp_path / "there", full=False)
+    assert again.json() == table.json()
