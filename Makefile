@@ -64,7 +64,7 @@ bench: $(BENCH)  ## every benchmark at its quick size
 	@for script in benchmarks/*.py; do echo "== $$script"; HF_HUB_OFFLINE=1 $(BIN)/python "$$script" --quick || exit 1; done
 
 docs: $(SETUP)  ## build the documentation into site/
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:  ## remove what was built (not .venv, not runs/)
 	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

