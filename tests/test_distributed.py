@@ -64,6 +64,7 @@ def learn(
     lengths = torch.randint(2, 9, (examples,), generator=generator)
     run = Run(training, student=student, folder=folder, resume=resume)
     teacher = run.shard(teacher)
+    exchanges: list[tuple[int, bool]] = []
     assert run.accelerator.num_processes == processes
     if processes == 2:
         assert isinstance(run.student, FSDPModule if training.shard else DistributedDataParallel)
@@ -71,6 +72,8 @@ def learn(
     for rows in run.batches(range(examples), list):
         if run.step == stop_at:
             break
+        if isinstance(run.student, DistributedDataParallel):
+            exchanges.append((run.step, run.student.require_backward_grad_sync))
         ids, labels = data[rows, :-1], data[rows, 1:].clone()
         labels[torch.arange(8)[None] >= lengths[rows][:, None]] = -100
         logits, said = run.student(ids), teacher(ids).softmax(-1)
@@ -79,6 +82,8 @@ def learn(
         run.update(nll + soft, (labels >= 0).sum(), {"soft": soft})
     else:
         run.finish()
+        assert len({step for step, exchanged in exchanges if exchanged}) == sum(on for _, on in exchanges)
+        assert not exchanges or any(not on for _, on in exchanges)
         state = run.state_dict()
         if run.is_main:
             save_file({name: value.clone() for name, value in state.items()}, folder / "student.safetensors")
