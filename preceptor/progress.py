@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import IO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from preceptor.checkpoint import writable
 
@@ -78,9 +79,12 @@ class Bar:
             print(f"step {step}/{total}  {text}", file=sys.stderr, flush=True)
             return
         if self._progress is None:
-            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
-            rest = (TimeRemainingColumn(), TextColumn("{task.description}"))
-            self._progress = Progress(*columns, *rest, console=self._console, auto_refresh=False)
+            # The text gives way on a narrow terminal, the count and the time left do not.
+            rest = TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
+            bar, left = BarColumn(bar_width=16), TimeRemainingColumn(table_column=Column(no_wrap=True))
+            count = MofNCompleteColumn(table_column=Column(no_wrap=True))
+            columns = (count, bar, left, TextColumn("left", table_column=Column(no_wrap=True)), rest)
+            self._progress = Progress(*columns, console=self._console, auto_refresh=False, expand=True)
             self._progress.start()
             self._progress.add_task(text, total=total, completed=step)
         self._progress.update(self._progress.task_ids[0], completed=step, description=text)
@@ -94,6 +98,6 @@ class Bar:
 
 
 def _describe(line: Line) -> str:
-    silent = ("step", "count", "memory_mib", "learning_rate", "items_per_second", "count_per_second")
+    silent = ("count", "memory_mib", "learning_rate", "gradient_norm", "items_per_second", "count_per_second")
     shown = [f"{name} {value:.4g}" for name, value in line.items() if isinstance(value, float) and name not in silent]
-    return "  ".join([*shown, f"{line.get('items_per_second') or 0:.4g} items/s"])
+    return "  ".join([f"{line.get('items_per_second') or 0:.4g} items/s", *shown])

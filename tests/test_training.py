@@ -273,7 +273,8 @@ def test_a_loop_without_update_is_found_out(tmp_path: Path) -> None:
 def test_a_second_update_in_one_step_is_found_out(tmp_path: Path) -> None:
     x, y = material()
     run = Run(Training(steps=2), student=network(), folder=tmp_path)
-    rows = next(run.steps(range(40)))
+    steps = run.steps(range(40))
+    rows = next(steps)
     run.update(*ragged_loss(run.student, x, y, rows))
     with pytest.raises(RuntimeError, match="updated already"):
         run.update(*ragged_loss(run.student, x, y, rows))
