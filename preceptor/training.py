@@ -184,6 +184,7 @@ class Run:
                 self._indices, self._idle, self._items = indices, not share, len(indices)
                 self._micro = min(self.training.accumulate, -(-len(indices) // world))
                 before = self.step
+                self._begun = time.perf_counter()
                 yield [data[i] for i in share or indices[:1]]
                 if self.step == before:
                     raise RuntimeError("the loop asked for the next step before run.update finished this one")
@@ -203,12 +204,12 @@ class Run:
         if self._micro is None:
             self._close_step()
             self._resume_random()
+            self._begun = time.perf_counter()
         idle, world = self._idle, self.accelerator.num_processes
         micro = self.training.accumulate if self._micro is None else self._micro
         micro = micro if world > 1 else min(micro, len(examples))
         self._items = self._items or len(examples) * world
         self._in_split = True
-        self._begun = time.perf_counter()
         try:
             for part in range(micro):
                 chosen = list(examples[part::micro])
