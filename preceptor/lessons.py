@@ -83,9 +83,9 @@ def prepare(text: Text, teacher: LanguageModel, *, seed: int, path: Path) -> Les
 
 def _examples(text: Text, seed: int) -> tuple[list[Example], list[Example]]:
     if text.source == EMBEDDED:
-        train = make_prompts(text.limit or 512, seed)
-        exam = make_prompts(text.held_out, seed, held_out=True)
-        return [Example(messages=prompt) for prompt in train], [Example(messages=prompt) for prompt in exam]
+        prompts = (make_prompts(text.limit or 512, seed), make_prompts(text.held_out, seed, held_out=True))
+        train, exam = ([Example(messages=prompt) for prompt in part] for part in prompts)
+        return train, exam
     examples = read(text.source, limit=text.limit)
     random.Random(seed).shuffle(examples)
     exam, rest = examples[: text.held_out], examples[text.held_out :]

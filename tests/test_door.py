@@ -1,4 +1,4 @@
-"""Every mismatch that a user can make is said in one sentence with exit status 2, and leaves what was there untouched."""
+"""Every mismatch that a user can make: one sentence, exit status 2, and what was there is left untouched."""
 
 import errno
 import json

@@ -20,7 +20,7 @@ Decided here, where the sources differ or are silent:
 * The loss is a mean over tokens of the whole step, over micro-batches and processes.
 * β = 0 and β = 1 are the forward and the reverse KL themselves (TRL's convention); the scale of JSD(β) vanishes towards
   both ends, so the learning rate must follow β: see ``losses.divergences``.
-* Missing answers can be left to the teacher, who writes them before training starts; they are kept in ``lessons.jsonl``.
+* Missing answers can be left to the teacher, who writes them before training starts, into ``lessons.jsonl``.
 * With ``own.adaptive`` the share of own samples follows DistiLLM's adaptive off-policy schedule: a threshold φ that
   starts at 0 and grows by 0.1 whenever the held-out loss has risen by 0.1, and a replay buffer of 1,000 samples.
 * A student ``lora:...`` without a base of its own learns on top of the teacher, which then is the student itself with
@@ -67,7 +67,8 @@ from preceptor.folder import check_folder, write_whole
 from preceptor.knowledge import Head, HiddenTargets, SoftTargets
 from preceptor.lessons import Lessons, Text, prepare
 from preceptor.losses import Loss
-from preceptor.losses.divergences import Kind, divergence
+from preceptor.losses.divergences import divergence
+from preceptor.losses.rows import Kind
 from preceptor.models import LanguageModel, in_evaluation, load, same_tokenizer, template_hash, tokenizer_hash
 from preceptor.own_samples import OwnSamples, OwnShare
 from preceptor.report import write_report
@@ -121,6 +122,9 @@ class Objective:
             weight=self.weight,
             label_weight=self.label_weight,
         )
+
+
+LABELS = Objective(weight=0.0, label_weight=1.0)
 
 
 @dataclass(frozen=True)
@@ -285,7 +289,7 @@ def _taught_by_labels(config: Config, teacher: LanguageModel, lessons: Lessons) 
     """A student of the same kind that reads the same text in as many steps, without what the teacher says of it."""
     alone = replace(
         config,
-        objective=Objective(weight=0.0, label_weight=1.0),
+        objective=LABELS,
         own=OwnSamples(),
         cache="",
         output=str(Path(config.output) / "labels"),
@@ -302,16 +306,21 @@ def _examine(config: Config, taught: dict[str, LanguageModel], lessons: Lessons)
     folder = Path(config.output)
     card = {"teacher": config.teacher, "student": config.student, "method": "gkd", "objective": config.objective}
     taught[TAUGHT].save(folder / "student", card=card)
+    if LABELS_ONLY in taught:
+        taught[LABELS_ONLY].save(folder / "labels" / "student", card={**card, "objective": LABELS})
     teacher = load(config.teacher)
     models = {TEACHER: teacher, UNTAUGHT: make_student(config.student, teacher, seed=config.training.seed).eval()}
     models |= {name: taught[name] for name in (LABELS_ONLY, TAUGHT) if name in taught}
-    said = ask(teacher, lessons.exam)
-    measures = {
-        name: evaluate_language(model, None if model is teacher else said, lessons.exam)
-        for name, model in models.items()
+    said, prompts = ask(teacher, lessons.exam), [sequence.prompt for sequence in lessons.exam if sequence.prompt]
+    measures = {TEACHER: evaluate_language(teacher, None, lessons.exam, said=said)}
+    measures |= {name: evaluate_language(models[name], said, lessons.exam) for name in models if name != TEACHER}
+    length = config.text.answer_length
+    own = {
+        name: evaluate_own_samples(taught[name], teacher, prompts, max_new_tokens=length) for name in taught if prompts
     }
-    table = language_table(f"{config.student} taught by {config.teacher}", measures)
-    write_result(folder, table, samples(models, lessons.questions), headline=language_headline(measures))
+    table = language_table(f"{config.student} taught by {config.teacher}", measures, own)
+    headline, command = language_headline(measures), f"preceptor run gkd --config {folder / 'config.json'}"
+    write_result(folder, table, samples(models, lessons.questions), headline=headline, command=command)
     table.print()
     print(f"The student: {folder / 'student'}\nThe page: {write_report(folder)}")
     return table
@@ -372,8 +381,8 @@ def reproduce(seeds: int, folder: Path, full: bool) -> Table:
     table.notes.append(f"KL(teacher ‖ student) on held-out topics; mean ± standard error over {seeds} seeds.")
 
     def claim(text: str, better: str, than: str, column: str) -> None:
-        arms = [[seed[arm][column] for seed in done] for arm in (better, than)]
-        table.claims.append(compare(*arms, text, better=table.better[column]).claim)
+        ours, theirs = ([seed[arm][column] for seed in done] for arm in (better, than))
+        table.claims.append(compare(ours, theirs, text, better=table.better[column]).claim)
 
     claim("Soft targets bring the student closer to its teacher than labels do (KL)", "soft targets", "labels", "KL")
     claim("... and to agree with it more often", "soft targets", "labels", "agreement")
@@ -406,7 +415,7 @@ def _one_seed(seed: int, folder: Path, size: int) -> dict[str, dict[str, float]]
     onward = replace(plain, student=soft, training=replace(training, steps=steps * 3 // 5, learning_rate=3e-4))
     arms: dict[str, tuple[Config, Teacher | None]] = {
         "soft targets": (plain, said),
-        "labels": (replace(plain, objective=Objective(weight=0.0, label_weight=1.0)), None),
+        "labels": (replace(plain, objective=LABELS), None),
         "shuffled teacher": (plain, Shuffled(said)),
         "then the given text": (onward, said),
         "then its own samples": (replace(onward, own=OwnSamples(share=1.0)), FrozenTeacher(teacher)),
