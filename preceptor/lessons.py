@@ -112,8 +112,8 @@ def _answered(examples: list[Example], teacher: LanguageModel, text: Text) -> li
     missing = [example for example in asked if example.messages and example.messages[-1]["role"] != "assistant"]
     if missing and text.answers == "given" and text.source != EMBEDDED:
         raise UserError(
-            f"{len(missing)} of {len(examples)} examples have no response to learn from: give data with answers, or let "
-            "the teacher write those that are missing (--text.answers missing)."
+            f"{len(missing)} of {len(examples)} examples have no response to learn from: give data with answers, or "
+            "let the teacher write those that are missing (--text.answers missing)."
         )
     sequences = encode(given, teacher.tokenizer, max_length=text.max_length) if given else []
     prompts = [encode_prompt(example.messages, teacher.tokenizer) for example in missing]

@@ -16,5 +16,5 @@ class Loss(NamedTuple):
     """
 
     sum: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # the field hides tuple.count, which nobody calls on a loss
     parts: dict[str, Tensor]
