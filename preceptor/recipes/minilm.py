@@ -188,10 +188,7 @@ def main(config: Config) -> Table:
         check_fit(config, AttentionTeacher(copy.deepcopy(between)), start(config, body, tokenizer), texts)
         teach_one(there, teacher, between, tokenizer, texts)
         teacher = between
-    table = teach_one(config, teacher, start(config, body, tokenizer), tokenizer, texts)
-    table.print()
-    print(f"The student: {Path(config.output) / 'student'}\nThe page: {write_report(Path(config.output))}")
-    return table
+    return teach_one(config, teacher, start(config, body, tokenizer), tokenizer, texts)
 
 
 def prepare(config: Config, teacher: SelfAttention, tokenizer: Any) -> Texts:
@@ -224,6 +221,8 @@ def teach_one(config: Config, teacher: SelfAttention, student: SelfAttention, to
         save_body(folder / "student", student.model, tokenizer, card)
         falls = ", ".join(f"the {row} by {cells['fall']}" for row, cells in table.rows.items())
         write_result(folder, table, headline=f"The distance from the teacher's relations fell: {falls}.")
+        table.print()
+        print(f"The student: {folder / 'student'}\nThe page: {write_report(folder)}")
     return table
 
 
