@@ -48,7 +48,7 @@ def kind_of(codec: Codec) -> Kind:
     return "hidden" if isinstance(codec, HiddenCodec) else "top_k" if isinstance(codec, TopKCodec) else "sampled"
 
 
-def encode(codec: Codec, hidden: Tensor, head: Head, offsets: Tensor) -> Encoded:
+def encode(codec: Codec, hidden: Tensor, head: Head, offsets: Tensor, *, known: LogProbs | None = None) -> Encoded:
     """Encode rows of a teacher's last hidden states.
 
     Args:
@@ -56,13 +56,14 @@ def encode(codec: Codec, hidden: Tensor, head: Head, offsets: Tensor) -> Encoded
         hidden: (N, D), on the head's device.
         head: the teacher's.
         offsets: (N,) uniform numbers in [0, 1), used by samples alone.
+        known: the distributions of these rows, where they fit in memory and are there already.
     """
     if isinstance(codec, HiddenCodec):
-        words, lengths, kl = codec.encode(hidden, head)
+        words, lengths, kl = codec.encode(hidden, head, known)
         return Encoded(words, lengths, kl, torch.ones(len(hidden)))
     rows, kls, masses = [], [], []
     for piece in chunks(len(hidden), head):
-        teacher = LogProbs.of(hidden[piece], head)
+        teacher = LogProbs.of(hidden[piece], head) if known is None else known.of_rows(piece)
         part = sparse_rows(codec, teacher, offsets[piece])
         kls.append(measure(codec, teacher, part))
         ids = torch.from_numpy(part.ids).to(hidden.device)

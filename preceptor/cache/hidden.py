@@ -62,14 +62,17 @@ class HiddenCodec:
     tolerance: float
     """Largest KL(teacher ‖ decoded) of a row, in nats."""
 
-    def encode(self, hidden: Tensor, head: Head) -> tuple[NDArray[np.uint16], Ints, Tensor]:
+    def encode(
+        self, hidden: Tensor, head: Head, known: LogProbs | None = None
+    ) -> tuple[NDArray[np.uint16], Ints, Tensor]:
         """Words of all rows, words of each row, and each row's KL(teacher ‖ decoded), measured.
 
         Args:
             hidden: (N, D) float32.
             head: the teacher's.
+            known: their distributions, where they are there already.
         """
-        rounded, step, kl = self.quantise(hidden, head)
+        rounded, step, kl = self.quantise(hidden, head, known)
         words, lengths = self._write(rounded, step)
         return words, lengths, kl
 
@@ -98,7 +101,7 @@ class HiddenCodec:
         # An escape holds 16 bits of what is left over the low bits; nothing real comes near.
         return ((turned / scale[:, None]).round().clamp(-30000, 30000) * alive).to(torch.int32)
 
-    def quantise(self, hidden: Tensor, head: Head) -> tuple[Ints, Ints, Tensor]:
+    def quantise(self, hidden: Tensor, head: Head, known: LogProbs | None = None) -> tuple[Ints, Ints, Tensor]:
         """Integers (N, D), the step of each row, and its KL(teacher ‖ decoded)."""
         mean, forward, inverse = (part.to(hidden.device) for part in (self.mean, self.forward, self.inverse))
         codec = replace(self, mean=mean, forward=forward, inverse=inverse)
@@ -107,7 +110,8 @@ class HiddenCodec:
         for piece in chunks(len(hidden), head):
             part = hidden[piece].float()
             turned = (part - codec.mean) @ codec.forward
-            step, kl = codec._search(turned, LogProbs.of(part, head), head, torch.full((len(part),), guess))
+            teacher = LogProbs.of(part, head) if known is None else known.of_rows(piece)
+            step, kl = codec._search(turned, teacher, head, torch.full((len(part),), guess))
             guess = int(step.median())
             rounded.append(codec._round(turned, step).cpu())
             steps.append(step)

@@ -33,6 +33,10 @@ class LogProbs:
         logits = project(hidden, head).float()
         return LogProbs(logits, logits.softmax(-1))
 
+    def of_rows(self, piece: slice) -> LogProbs:
+        """Those of some rows."""
+        return LogProbs(self.logits[piece], self.probabilities[piece])
+
 
 def kl_to_hidden(teacher: LogProbs, rows: Tensor, decoded: Tensor, head: Head) -> Tensor:
     """KL(teacher ‖ decoded) of some of the teacher's rows, (len(rows),), for decoded hidden states (len(rows), D).
