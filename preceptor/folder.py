@@ -25,7 +25,7 @@ _FREE = ("resume", "output")
 def open_folder(folder: Path, config: Any, *, resume: bool) -> None:
     """Makes the run's folder, or makes sure that it holds this very run; touches nothing that is there.
 
-    A recipe calls it before it loads anything heavy; `Run` calls it again.
+    A recipe calls `check_folder` before it loads anything heavy.
 
     Args:
         folder: the run's folder.
@@ -37,12 +37,25 @@ def open_folder(folder: Path, config: Any, *, resume: bool) -> None:
     """
     path = folder / "config.json"
     text = resolved(config)
+    check_folder(folder, config, resume=resume)
     if path.exists():
-        _same_run(folder, json.loads(text), path, resume=resume)
         return
     with writable(folder, "a run"):
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, text)
+
+
+def check_folder(folder: Path, config: Any, *, resume: bool) -> None:
+    """Refuses what `open_folder` refuses, before anything is loaded; writes nothing.
+
+    Raises:
+        UserError: the folder holds another run, or a run and `resume` is False.
+    """
+    path = folder / "config.json"
+    with writable(folder, "a run"):
+        there = path.exists()
+    if there:
+        _same_run(folder, json.loads(resolved(config)), path, resume=resume)
 
 
 def resolved(config: Any) -> str:

@@ -356,6 +356,29 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_former_checkpoint(tmp_path: 
     run.finish()
 
 
+def learn_without_permission(folder: Path, report: Path) -> None:
+    """As somebody who may not write there; root may write anywhere, so it becomes nobody first."""
+    told = []
+    with report.open("w") as file:
+        if os.geteuid() == 0:
+            os.setuid(65534)
+        for place in (folder, folder / "closed" / "run"):
+            try:
+                small(place)
+            except UserError as error:
+                told.append(str(error))
+        json.dump(told, file)
+
+
+def test_a_folder_without_permission_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0o500)
+    assert finish(learn_without_permission, tmp_path, tmp_path / "report.json") == 0
+    told = json.loads((tmp_path / "report.json").read_text())
+    assert told
+    assert all("Permission denied" in text and "choose a folder that you may write" in text for text in told)
+    assert not list((tmp_path / "closed").iterdir())
+
+
 def test_what_cannot_be_saved_is_named(tmp_path: Path) -> None:
     class Odd:
         def state_dict(self) -> dict[str, Any]:
