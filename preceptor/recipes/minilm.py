@@ -145,7 +145,7 @@ def learn(run: Run, config: Config, teach: Teach, student: SelfAttention, texts:
         loss = objective(config, learned, told, batch, causal=student.causal)
         run.update(loss.sum, loss.count, loss.parts)
         if run.evaluate_due:
-            run.log(**measure(config, teach, student, texts))
+            run.log(**{f"held_out_{name}": value for name, value in measure(config, teach, student, texts).items()})
     run.finish()
 
 
@@ -247,7 +247,8 @@ def check_fit(config: Config, teacher: AttentionTeacher, student: SelfAttention,
 
 def compare_relations(config: Config, before: dict[str, float], after: dict[str, float]) -> Table:
     """Held-out KL(teacher ‖ student) of each relation before and after, beside a student without any relation."""
-    table = Table(f"{config.student} taught by {config.teacher}", ["uniform", "untaught", "taught", "fall"])
+    title = f"{config.student} taught by {config.assistant or config.teacher}"
+    table = Table(title, ["uniform", "untaught", "taught", "fall"])
     for name in (name for name in after if not name.endswith(" uniform")):
         figures = {"uniform": after[f"{name} uniform"], "untaught": before[name], "taught": after[name]}
         table.rows[f"{name} relation"] = {**figures, "fall": f"{1 - after[name] / before[name]:.0%}"}

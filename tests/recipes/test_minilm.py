@@ -164,7 +164,11 @@ def test_an_assistant_is_taught_first_and_teaches(config):
 
 def test_relation_heads_and_a_lower_teacher_layer(config):
     other = replace(config, student="fresh:layers=2,hidden=16,heads=2", relation_heads=8, teacher_layer=2)
-    assert set(main(other).rows) == {"query relation", "key relation", "value relation"}
+    table = main(replace(other, training=replace(TRAINING, evaluate_every=3, precision="bf16")))
+    assert set(table.rows) == {"query relation", "key relation", "value relation"}
+    lines = [json.loads(line) for line in (Path(other.output) / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "held_out_query" in line] == [3, 6]
+    assert lines[-1]["held_out_query"] == pytest.approx(table.rows["query relation"]["taught"])
 
 
 def test_a_remembering_teacher_says_the_same_and_the_control_what_belongs_to_another():
