@@ -125,9 +125,12 @@ def _fresh_sizes(spec: str, config: Any) -> dict[str, int]:
             f'"{spec}" does not fit: hidden must be a multiple of the {heads} heads, and these of the {groups} key and '
             "value heads."
         )
+    width = sizes["hidden_size"] // heads
+    if hasattr(config, "rope_parameters") and width % 2:
+        raise UserError(f'"{spec}" does not fit: rotary embedding needs heads of an even width, and theirs is {width}.')
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     sizes.setdefault("intermediate_size", round(inner / config.hidden_size * sizes["hidden_size"]))
-    return {**sizes, "head_dim": sizes["hidden_size"] // heads}
+    return {**sizes, "head_dim": width}
 
 
 def check_tokens(teacher: Any, student: Any) -> None:

@@ -76,6 +76,11 @@ def test_a_specification_that_does_not_fit_is_refused(spec, sentence, tokenizer)
         make_body(spec, like(BertConfig(**SMALL)), tokenizer, dropout=0, seed=0)
 
 
+def test_rotary_heads_of_an_odd_width_are_refused(tokenizer):
+    with pytest.raises(UserError, match="even width, and theirs is 3"):
+        make_body("fresh:layers=1,hidden=12", like(LlamaConfig(**SMALL)), tokenizer, dropout=0, seed=0)
+
+
 def test_texts_are_distinct_cut_and_split_the_same_each_time(tmp_path, tokenizer):
     rows = [{"text": f"Sentence number {i % 30} of some."} for i in range(60)]
     rows.append(
