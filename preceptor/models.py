@@ -206,7 +206,11 @@ class LanguageModel(nn.Module):
 
 @contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
-    """Every FSDP unit of a module whole inside; sharded again after, and from then on after each forward as well."""
+    """Every FSDP unit of a module whole inside; sharded again after.
+
+    From then on units inside the module are sharded after each forward, and what the module holds itself (embeddings
+    and head) after each backward, which is FSDP's own default.
+    """
     units = [part for part in module.modules() if isinstance(part, FSDPModule)]
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
@@ -215,7 +219,7 @@ def gathered(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         for unit in units:
-            unit.set_reshard_after_forward(True, recurse=False)
+            unit.set_reshard_after_forward(unit is not module, recurse=False)
             unit.reshard()
 
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule
 
 from preceptor.data import Batch, Sequence
 from preceptor.errors import UserError
@@ -48,6 +48,7 @@ class FrozenTeacher:
 
     def __init__(self, model: LanguageModel) -> None:
         self.model = model.eval().requires_grad_(False)
+        _keep_head(model)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> HiddenTargets:
@@ -76,6 +77,7 @@ class AdapterOff:
         if not student.adapted:
             raise UserError("The student has no adapter to switch off: make it with `lora:rank=...`.")
         self.student = student
+        _keep_head(student)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> HiddenTargets:
@@ -186,11 +188,13 @@ def _on(part: Tensor | Head, device: torch.device) -> Tensor | Head:
 
 
 def _say(hidden: Tensor, head: Head) -> HiddenTargets:
-    """Hidden states with the head; a sharded one is gathered whole, for it is read after the forward that had it."""
-    if isinstance(head.weight, DTensor):
-        bias = head.bias.full_tensor() if isinstance(head.bias, DTensor) else head.bias
-        head = replace(head, weight=head.weight.full_tensor(), bias=bias)
     return HiddenTargets(hidden, replace(head, weight=head.weight.detach()))
+
+
+def _keep_head(model: LanguageModel) -> None:
+    """The head of a sharded teacher is read after its forward: it stays whole, as FSDP does by default."""
+    if isinstance(model, FSDPModule):
+        model.set_reshard_after_forward(False, recurse=False)
 
 
 def _add(mean: Tensor | None, targets: SoftTargets, predicts: Tensor, log_weight: float) -> Tensor:
