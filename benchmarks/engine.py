@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -176,36 +177,43 @@ def block(steps: Iterator[None], count: int) -> tuple[float, float]:
 
 
 def compare(
-    task: Task, *, rounds: int, steps: int, folder: Path, trainer: bool
-) -> dict[str, list[tuple[float, float]]]:
-    """Seconds a step of every arm, (CPU, wall), round by round."""
-    bare, run = bare_steps(task), run_steps(task, folder / "run")
-    arms: dict[str, Callable[[], tuple[float, float]]] = {
-        "bare loop": lambda: block(bare, steps),
-        "Run": lambda: block(run, steps),
-    }
-    if trainer:
-        arms["transformers Trainer"] = lambda: trainer_block(task, steps, folder / "trainer")
-    for warm in (bare, run):
-        block(warm, 2)
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
+    one: Callable[[int], tuple[float, float]], bare: Callable[[int], tuple[float, float]], *, rounds: int, steps: int
+) -> list[tuple[tuple[float, float], tuple[float, float]]]:
+    """Seconds a step, (CPU, wall), of one arm and of the bare loop beside it, round by round; the order alternates."""
+    bare(2)
+    one(2)
+    pairs = []
     for number in range(rounds):
-        names = list(arms) if number % 2 == 0 else list(arms)[::-1]
-        for name in names:
-            cpu, wall = arms[name]()
-            times[name].append((cpu / steps, wall / steps))
-    return times
+        if number % 2:
+            mine, plain = one(steps), bare(steps)
+        else:
+            plain, mine = bare(steps), one(steps)
+        pairs.append(((mine[0] / steps, mine[1] / steps), (plain[0] / steps, plain[1] / steps)))
+    return pairs
 
 
-def ratios(times: dict[str, list[tuple[float, float]]]) -> dict[str, dict[str, float]]:
-    """Median over rounds of each arm's time over the bare loop's, with the quartiles of the CPU ratio."""
+def ratios(pairs: list[tuple[tuple[float, float], tuple[float, float]]]) -> dict[str, float]:
+    """Median over rounds of an arm's time over the bare loop's, quartiles of the CPU ratio, and milliseconds a step."""
+    low, middle, high = statistics.quantiles([mine[0] / plain[0] for mine, plain in pairs], n=4)
+    wall = statistics.median(mine[1] / plain[1] for mine, plain in pairs)
+    found = {"cpu": round(middle, 4), "low": round(low, 4), "high": round(high, 4), "wall": round(wall, 4)}
+    cpu = [statistics.median(pair[side][0] for pair in pairs) * 1e3 for side in (0, 1)]
+    return found | {"ms": round(cpu[0], 2), "bare_ms": round(cpu[1], 2), "rounds": len(pairs)}
+
+
+def measure(task: Task, *, quick: bool) -> dict[str, dict[str, float]]:
+    """`Run` beside the bare loop, and for the small student the Trainer too."""
+    small = task.batch == 128
     found = {}
-    for name, measured in times.items():
-        pairs = list(zip(measured, times["bare loop"], strict=True))
-        cpu = [one[0] / bare[0] for one, bare in pairs]
-        low, middle, high = statistics.quantiles(cpu, n=4)
-        wall = statistics.median(one[1] / bare[1] for one, bare in pairs)
-        found[name] = {"cpu": round(middle, 4), "wall": round(wall, 4), "low": round(low, 4), "high": round(high, 4)}
+    with tempfile.TemporaryDirectory() as folder:
+        bare, run = bare_steps(task), run_steps(task, Path(folder) / "run")
+        rounds = (60 if quick else 300) if small else 8
+        plain = partial(block, bare)
+        pairs = compare(partial(block, run), plain, rounds=rounds, steps=4 if small else 1)
+        found["Run"] = ratios(pairs)
+        if small:
+            trainer = partial(trainer_block, task, folder=Path(folder) / "trainer")
+            found["transformers Trainer"] = ratios(compare(trainer, plain, rounds=4 if quick else 16, steps=20))
     return found
 
 
@@ -218,26 +226,27 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="write benchmarks/engine.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    table = Table("task", "arm", "ms a step (CPU)", "CPU ratio", "quartiles", "wall ratio")
     results: dict[str, dict[str, dict[str, float]]] = {}
-    plans = []
     if options.only != "language":
-        plans.append((cnn_task(), 12 if options.quick else 40, 20, True))
+        task = cnn_task()
+        results[task.name] = measure(task, quick=options.quick)
     if options.only != "cnn":
-        batch, length = (1, 64) if options.quick else (4, 128)
-        plans.append((language_task(batch, length), 3 if options.quick else 8, 1, False))
-    for task, rounds, steps, trainer in plans:
-        with tempfile.TemporaryDirectory() as folder:
-            times = compare(task, rounds=rounds, steps=steps, folder=Path(folder), trainer=trainer)
-        results[task.name] = ratios(times)
-        for name, ratio in results[task.name].items():
-            cpu = statistics.median(one[0] for one in times[name]) * 1e3
-            between = f"{ratio['low']:.3f}-{ratio['high']:.3f}"
-            table.add_row(task.name, name, f"{cpu:.2f}", f"{ratio['cpu']:.3f}", between, f"{ratio['wall']:.3f}")
-    Console().print(table)
+        task = language_task(*((1, 64) if options.quick else (4, 128)))
+        results[task.name] = measure(task, quick=options.quick)
+    table = Table("task", "arm", "ms (CPU)", "bare ms", "CPU ratio", "quartiles", "wall ratio")
+    for name, arms in results.items():
+        for arm, r in arms.items():
+            between = f"{r['low']:.3f} {r['high']:.3f}"
+            table.add_row(
+                name, arm, f"{r['ms']:.1f}", f"{r['bare_ms']:.1f}", f"{r['cpu']:.3f}", between, f"{r['wall']:.3f}"
+            )
+    Console(width=110).print(table)
     line = {"benchmark": "engine", "threads": options.threads, "quick": options.quick, "ratios": results}
     if options.save:
-        (Path(__file__).parent / "engine.json").write_text(json.dumps(line, indent=2) + "\n", encoding="utf-8")
+        path = Path(__file__).parent / "engine.json"
+        before = json.loads(path.read_text(encoding="utf-8"))["ratios"] if path.exists() and options.only else {}
+        saved = {**line, "ratios": {**before, **results}}
+        path.write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(line))
 
 
