@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import random
 import statistics
 import sys
 import tempfile
@@ -54,7 +55,7 @@ DISTILLKIT = (
     ("k=264", 264, 16, (0, 1, 2, 3, 4, "sqrt")),
 )
 BARS = {100: 1.0, 300: 0.75, 450: 0.2, 600: 0.2}
-BLOCK = 2048  # rows
+BLOCK = 1024  # rows
 
 
 def main() -> None:
@@ -113,7 +114,8 @@ def text(teacher: LanguageModel, tokens: int) -> list[Sequence]:
     """At least ``tokens`` response tokens of GSM8K; of answers that the teacher writes where the data is absent."""
     if DATA.exists():
         rows = [json.loads(line) for line in DATA.read_text(encoding="utf-8").splitlines()]
-        pairs = [(row["question"], row["answer"]) for row in rows[: tokens // 90]]
+        random.Random(0).shuffle(rows)
+        pairs = [(row["question"], row["answer"]) for row in rows[: tokens // 100]]
     else:
         prompts = make_prompts(tokens // 40)
         from preceptor.data import encode_prompt

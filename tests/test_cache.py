@@ -353,10 +353,11 @@ def capture(folder, left):
     store.os.fsync = lambda number: (tick(), synced(number))
     kept(make_teacher(), make_sequences(60), Path(folder), plan_of("hidden"))
 
-for after in sys.argv[2:]:
+for one in sys.argv[1:]:
+    folder, _, after = one.rpartition(":")
     child = os.fork()
     if not child:
-        capture(sys.argv[1], int(after))
+        capture(folder, int(after))
         os._exit(0)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
@@ -368,21 +369,20 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path: Path) -> No
     script.write_text(KILLED.format(tests=str(Path(__file__).parent)), encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
 
-    def run(folder: Path, *after: int) -> list[int]:
-        command = [sys.executable, str(script), str(folder), *map(str, after)]
+    def run(*moments: tuple[str, int]) -> list[int]:
+        arguments = [f"{tmp_path / folder}:{after}" for folder, after in moments]
+        command = [sys.executable, str(script), *arguments]
         told = subprocess.run(command, env=environment, capture_output=True, check=True, text=True)
         return [int(line) for line in told.stdout.split()]
 
-    assert run(tmp_path / "whole", 10**6) == [0]
-    wanted = contents(tmp_path / "whole")
     # Each writes on from where the one before was killed: inside a shard, inside the index, or between them.
-    moments = random.Random(5).sample(range(2, 9), 5)
-    assert run(tmp_path / "killed", *moments) == [-signal.SIGKILL] * 5
+    moments = [("killed", after) for after in random.Random(5).sample(range(2, 9), 5)]
+    assert run(("whole", 10**6), *moments) == [0, *[-signal.SIGKILL] * 5]
     entries, _ = read_index(tmp_path / "killed")
     assert 0 < len(entries) < 60
     assert len({bytes(key) for key in entries["key"]}) == len(entries)
-    assert run(tmp_path / "killed", 10**6) == [0]
-    assert contents(tmp_path / "killed") == wanted
+    assert run(("killed", 10**6)) == [0]
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     assert len(Cache.open(tmp_path / "killed")) == 60
 
 

@@ -36,6 +36,7 @@ _REACH = 63  # largest coded integer; the symbol 2 * _REACH + 1 announces 16 raw
 _ESCAPE = 2 * _REACH + 1
 _FINEST = 2.0**-14  # finest step in units of sqrt(2 nat): KL is about half the squared error
 _ROUNDS = 8
+_LIKELIEST = 4096  # tokens on which a row's step is looked for before it is checked on all of them
 _BLUR = np.array([0.02, 0.1, 0.3, 1, 0.3, 0.1, 0.02])  # of the counts of row steps
 _FITTED_ON = 1024  # rows for symbol models and budget, twice as many for the metric
 _FIRST_TOLERANCE = 0.01
@@ -111,7 +112,10 @@ class HiddenCodec:
             part = hidden[piece].float()
             turned = (part - codec.mean) @ codec.forward
             teacher = LogProbs.of(part, head) if known is None else known.of_rows(piece)
-            step, kl = codec._search(turned, teacher, head, torch.full((len(part),), guess))
+            few, ids = teacher.likeliest(_LIKELIEST)
+            narrow = replace(head, weight=head.weight[ids], bias=None if head.bias is None else head.bias[ids])
+            near, _ = codec._search(turned, few, narrow, torch.full((len(part),), guess))
+            step, kl = codec._search(turned, teacher, head, near)
             guess = int(step.median())
             rounded.append(codec._round(turned, step).cpu())
             steps.append(step)
@@ -215,7 +219,8 @@ def _split(value: Ints, low: Ints) -> tuple[Ints, Ints]:
 def fit_hidden(sample: Tensor, head: Head, *, tolerance: float | None, budget: float) -> HiddenCodec:
     """A codec for a teacher's hidden states.
 
-    The transform is fitted on the first seven eighths of the sample, symbol models and tolerance on the rest.
+    Symbol models and tolerance are found on the last quarter of the sample, under a transform fitted on the rest, for
+    codes are shorter on the rows that a transform was fitted on; at the end it is fitted on all.
 
     Args:
         sample: (N, D) hidden states in the order of their sequences, many times as many as they are wide.
@@ -223,23 +228,23 @@ def fit_hidden(sample: Tensor, head: Head, *, tolerance: float | None, budget: f
         tolerance: largest KL of a row in nats; None finds the one that meets the budget on the sample.
         budget: bytes a token.
     """
-    cut = len(sample) * 7 // 8
-    hidden, rest = sample[:cut].float(), _thinned(sample[cut:], _FITTED_ON).float()
-    mean = hidden.mean(0)
-    forward, inverse, deviation = _transform(hidden - mean, _metric(_thinned(hidden, 2 * _FITTED_ON), head))
-    spread = np.round(_PER_OCTAVE * np.log2(deviation.cpu().numpy() / _FINEST)).astype(np.int64)
+    cut = len(sample) * 3 // 4
+    metric = _metric(_thinned(sample.float(), 2 * _FITTED_ON), head)
+    rest = _thinned(sample[cut:], _FITTED_ON).float()
     flat = Tables.of(quantise_frequencies(np.ones((1, STEPS))))
-    codec = HiddenCodec(mean, forward, inverse, spread, flat, _gaussian_tables(), tolerance or _FIRST_TOLERANCE)
+    fitted = _transform(sample[:cut].float(), metric)
+    codec = HiddenCodec(*fitted, flat, _gaussian_tables(), tolerance or _FIRST_TOLERANCE)
     for _ in range(1 if tolerance else _BUDGET_ROUNDS):
         rounded, step, _ = codec.quantise(rest, head)
         codec = _counted(codec, rounded, step)
         if tolerance is None:
             over = codec.bits(rounded, step).mean() / 8 + _OVERHEAD - budget
             # A coordinate that is coded costs half a bit more when KL is halved.
-            alive = (spread[None] - step[:, None] >= 0).mean() * len(spread) + 1
+            alive = (codec.spread[None] - step[:, None] >= 0).mean() * len(codec.spread) + 1
             scaled = codec.tolerance * float(np.clip(4.0 ** (8 * over / alive), 1e-2, 1e2))
             codec = replace(codec, tolerance=max(scaled, _LEAST_TOLERANCE))
-    return codec
+    mean, forward, inverse, spread = _transform(sample.float(), metric)
+    return replace(codec, mean=mean, forward=forward, inverse=inverse, spread=spread)
 
 
 def _thinned(rows: Tensor, count: int) -> Tensor:
@@ -285,18 +290,20 @@ def _metric(hidden: Tensor, head: Head) -> Tensor:
     return ((weight.T * mass) @ weight).double() / len(hidden) - mean.T @ mean / len(hidden)
 
 
-def _transform(centred: Tensor, metric: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(D, D) matrices to coordinates and back (rows times matrix), and the coordinates' standard deviations."""
+def _transform(hidden: Tensor, metric: Tensor) -> tuple[Tensor, Tensor, Tensor, Ints]:
+    """Mean, the (D, D) matrices to coordinates and back (rows times matrix), and the spread of coordinates."""
     values, vectors = torch.linalg.eigh(metric)
     # Directions that the head does not see at all are kept invertible.
     root = values.clamp_min(float(values.max()) * 1e-9).sqrt()
     half = vectors * root @ vectors.T
-    states = centred.double()
+    mean = hidden.mean(0)
+    states = (hidden - mean).double()
     covariance = half @ (states.T @ states / max(1, len(states) - 1)) @ half
     power, axes = torch.linalg.eigh(covariance)
     order = power.argsort(descending=True)
     axes, power = axes[:, order], power[order]
     forward = half @ axes
     inverse = axes.T @ (vectors / root @ vectors.T)
-    deviation = power.clamp_min(float(power.max()) * 1e-12).sqrt()
-    return forward.float(), inverse.float(), deviation
+    deviation = power.clamp_min(float(power.max()) * 1e-12).sqrt().cpu().numpy()
+    spread = np.round(_PER_OCTAVE * np.log2(deviation / _FINEST)).astype(np.int64)
+    return mean, forward.float(), inverse.float(), spread

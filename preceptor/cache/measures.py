@@ -33,6 +33,12 @@ class LogProbs:
         logits = project(hidden, head).float()
         return LogProbs(logits, logits.softmax(-1))
 
+    def likeliest(self, count: int) -> tuple[LogProbs, Tensor]:
+        """These distributions over the ``count`` tokens that are likeliest on average, and the ids of these."""
+        ids = self.probabilities.sum(0).topk(min(count, self.logits.shape[-1])).indices
+        p = self.probabilities[:, ids]
+        return LogProbs(self.logits[:, ids], p / p.sum(-1, keepdim=True)), ids
+
     def of_rows(self, piece: slice) -> LogProbs:
         """Those of some rows."""
         return LogProbs(self.logits[piece], self.probabilities[piece])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Listed
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from preceptor.cache.codecs import Codec, decode
 from preceptor.cache.header import Header, load
@@ -16,6 +17,7 @@ from preceptor.data import Batch, Sequence, sequence_key
 from preceptor.errors import UserError
 from preceptor.knowledge import Head, SoftTargets
 from preceptor.models import LanguageModel
+from preceptor.teacher import moved
 
 
 class Cache:
@@ -29,6 +31,16 @@ class Cache:
         self._codec = codec
         self._head = head
         self._shelf = shelf
+        self._device = torch.device("cpu")
+
+    def to(self, device: torch.device | str) -> Cache:
+        """Keep the teacher's head on a device, and give targets there from now on."""
+        self._device = torch.device(device)
+        if self._head is not None:
+            bias = self._head.bias
+            weight = self._head.weight.to(self._device)
+            self._head = replace(self._head, weight=weight, bias=None if bias is None else bias.to(self._device))
+        return self
 
     @staticmethod
     def open(folder: str | Path, *, tokenizer: Any = None, teacher: LanguageModel | None = None) -> Cache:
@@ -59,7 +71,7 @@ class Cache:
         return int((self._shelf.find([sequence_key(sequence) for sequence in sequences]) < 0).sum())
 
     def targets(self, wanted: Batch | Listed[Sequence]) -> SoftTargets:
-        """Soft targets of a batch, or of sequences, on the CPU.
+        """Soft targets of a batch, or of sequences, on the CPU (or where ``to`` said).
 
         Returns:
             Packed rows (N, ...): one for each position that predicts a response token, in the order of
@@ -83,7 +95,8 @@ class Cache:
             raise UserError("No sequence was asked of the cache: give at least one.")
         parts = [unpack(self._shelf.blob(place), int(self._shelf.entries["rows"][place])) for place in places]
         words = np.concatenate([part[0] for part in parts])
-        return decode(self._codec, words, np.concatenate([part[1] for part in parts]), self._head)
+        targets = decode(self._codec, words, np.concatenate([part[1] for part in parts]), self._head)
+        return moved(targets, self._device)
 
     def summary(self) -> dict[str, Any]:
         """Header, and over all rows: ``tokens``, ``bytes_per_token`` (the index included), ``kl``, ``mass``."""
