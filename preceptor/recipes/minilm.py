@@ -2,6 +2,7 @@
 
 Paper: MiniLM: Deep Self-Attention Distillation for Task-Agnostic Compression of Pre-Trained Transformers (Wang et al.,
 NeurIPS 2020), https://arxiv.org/abs/2002.10957
+Reproduction: holds over 3 seeds, but value relations do not improve sentence vectors at its size
 Command: ``preceptor run minilm --teacher minilm-l6 --student fresh:layers=3,hidden=192,heads=12``
 
 With queries, keys and values of teacher layer L and of the student's last layer M, over A heads and the n tokens of a
@@ -103,11 +104,7 @@ class Config:
 
 
 tiny = Config(
-    limit=400,
-    held_out=50,
-    max_length=32,
-    output="runs/minilm/tiny",
-    training=Training(steps=10, batch_size=16, learning_rate=5e-4, schedule="linear", warmup=0.1, weight_decay=0.01),
+    limit=400, held_out=50, max_length=32, output="runs/minilm/tiny", training=replace(Config().training, steps=8)
 )
 paper = Config(
     teacher="google-bert/bert-base-uncased",
@@ -153,12 +150,11 @@ def learn(run: Run, config: Config, teach: Teach, student: SelfAttention, texts:
 def measure(config: Config, teach: Teach, student: SelfAttention, texts: Texts) -> dict[str, float]:
     """Each term's mean over held-out sequences, and as ``... uniform`` that of a student without any relation."""
     alike = replace(config, average="sequence")
-    device = next(student.parameters()).device
     sums: dict[str, float] = {}
     mode = student.training
     student.eval()
     for start in range(0, len(texts.exam), 64):
-        batch = collate(texts.exam[start : start + 64], texts.pad).to(device)
+        batch = collate(texts.exam[start : start + 64], texts.pad).to(next(student.parameters()).device)
         told = teach(batch)
         learned = student(batch.input_ids, batch.attention_mask, scored=not config.relation_heads)
         parts = objective(alike, learned, told, batch, causal=student.causal).parts
@@ -294,6 +290,12 @@ def reproduce(seeds: int, folder: Path, full: bool) -> Table:
         "Loss left: the arm's own held-out relation loss, as a share of that at step 0.",
         f"Student vectors are the mean of the states below its last layer. {seeds} seeds, ± standard error.",
     ]
+    for column in ("rank agreement", "probe"):
+        both, alone = ([seed[arm][column] for seed in done] for arm in ("full", "attention only"))
+        order = compare(
+            both, alone, f"Not claimed: both relations beat attention alone: {column}", better="higher"
+        ).claim
+        table.notes.append(f"{order.text} ({order.figure}).")
     table.claims = [*claims(done), refusal(study)]
     return table
 
@@ -381,7 +383,7 @@ def claims(done: list[dict[str, dict[str, float]]]) -> list[Claim]:
     for column, what in (("last training loss", "training loss"), ("loss", "held-out distance from the teacher")):
         found.append(beats("full", "another sentence", column, f"The control's {what} stays higher"))
     for column in ("rank agreement", "probe"):
-        found.append(beats("full", "attention only", column, f"Both relations beat attention alone: {column}"))
+        found.append(beats("full", "untaught", column, f"Both relations beat no lesson: {column}"))
         found.append(beats("attention only", "untaught", column, f"Attention alone beats no lesson: {column}"))
     for arm in ("A_r = 12", "A_r = 24", "A_r = 48"):
         text = f"MiniLMv2 teaches a student of 6 heads, {arm}"
