@@ -111,15 +111,18 @@ def sampled_rows(p: Tensor, draws: int, offsets: Tensor) -> SparseRows:
     The level of a token is ``draws`` minus its count.
     """
     cumulative = p.double().cumsum(-1)
-    cumulative = cumulative / cumulative[:, -1:]
-    through = torch.floor(cumulative * draws - offsets.to(cumulative)[:, None]).clamp_min(-1).long() + 1
-    through[:, -1] = draws
-    drawn = torch.diff(through, dim=-1, prepend=torch.zeros_like(through[:, :1]))
-    counts = (drawn > 0).sum(-1)
-    top = drawn.topk(int(counts.max()), dim=-1)
-    used = top.values > 0
-    levels = torch.where(used, draws - top.values, 0)
-    ids = top.indices.masked_fill(~used, 0)
+    places = torch.arange(draws, device=p.device, dtype=torch.float64) + offsets.to(cumulative)[:, None]
+    drawn = torch.searchsorted(cumulative, places * (cumulative[:, -1:] / draws), right=True).clamp_max_(
+        p.shape[-1] - 1
+    )
+    # Draws come sorted by token: each begins a new token or repeats the one before.
+    begins = torch.cat([torch.ones_like(drawn[:, :1], dtype=torch.bool), drawn[:, 1:] != drawn[:, :-1]], -1)
+    column = begins.cumsum(-1) - 1
+    counts = column[:, -1] + 1
+    ids = torch.zeros(len(p), int(counts.max()), dtype=torch.int64, device=p.device)
+    ids.scatter_(-1, column, drawn)
+    times = torch.zeros_like(ids).scatter_add_(-1, column, torch.ones_like(column))
+    levels = torch.where(times > 0, draws - times, 0)
     return SparseRows(ids.cpu().numpy(), levels.cpu().numpy(), counts.cpu().numpy(), np.zeros(len(p), np.int64))
 
 
