@@ -60,6 +60,7 @@ def gkd(small, data, output, *more):
 
 def refused(capsys, words, says) -> str:
     """The command ends with 2 and one sentence that says it; no traceback."""
+    capsys.readouterr()
     status = cli.main(words)
     told = capsys.readouterr().err.strip()
     assert status == 2, told

@@ -403,7 +403,7 @@ def _one_seed(seed: int, folder: Path, size: int) -> dict[str, dict[str, float]]
     figures: dict[str, dict[str, float]] = json.loads(done.read_text()) if done.exists() else {}
     if figures.keys() >= ARMS.keys():
         return figures
-    steps, text = 40 * size, Text(limit=256 * size, held_out=48, answer_length=48)
+    steps, text = 80 * size, Text(limit=320 * size, held_out=96, answer_length=48)
     teacher, exact = load("smollm2", dtype="bfloat16"), load("smollm2")
     lessons = prepare(text, teacher, seed=seed, path=path / "lessons.jsonl")
     said, answers = Recital(teacher, lessons.train), ask(exact, lessons.exam)
@@ -412,7 +412,7 @@ def _one_seed(seed: int, folder: Path, size: int) -> dict[str, dict[str, float]]
     )
     plain = Config(text=text, training=training)
     soft = str(path / "soft targets" / "student")
-    onward = replace(plain, student=soft, training=replace(training, steps=steps * 3 // 5, learning_rate=3e-4))
+    onward = replace(plain, student=soft, training=replace(training, steps=steps * 3 // 10, learning_rate=3e-4))
     arms: dict[str, tuple[Config, Teacher | None]] = {
         "soft targets": (plain, said),
         "labels": (replace(plain, objective=LABELS), None),

@@ -38,7 +38,8 @@ def settings(tmp_path_factory):
 
 
 def run(output, settings, processes, *more):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", f"--num_processes={processes}"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", f"--num_processes={processes}"]
+    launch += ["--multi_gpu"] if processes > 1 else ["--cpu"]
     launch += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={_port()}"]
     words = ["-m", "preceptor", "run", "gkd", *settings, "--output", str(output), *more]
     done = subprocess.run(launch + words, capture_output=True, text=True, timeout=240, check=False)
