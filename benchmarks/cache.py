@@ -59,7 +59,7 @@ BLOCK = 1024  # rows
 def main() -> None:
     """Parse the command line, run what is not yet done, print and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="1,500 tokens, fewer points: under a minute, says little")
+    parser.add_argument("--quick", action="store_true", help="512 tokens, fewer points: under a minute, says little")
     parser.add_argument("--tokens", type=int, default=50_000, help="response tokens to measure on")
     parser.add_argument("--sample", type=int, default=16_384, help="other response tokens to fit on")
     parser.add_argument("--distillkit", type=Path, help="a clone of DistillKit")
@@ -69,7 +69,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.quick:
-        options.tokens, options.sample = 1_500, 2_048
+        options.tokens, options.sample = 512, 1_536
     with tempfile.TemporaryDirectory() as temporary:
         run(options, options.work or Path(temporary))
 
@@ -295,10 +295,10 @@ def ratios(points: dict[str, dict[str, float]]) -> dict[str, Any]:
 def speed(sequences: list[Sequence], *, quick: bool) -> dict[str, float]:
     """A training step from the cache against one with the teacher online, and the share of it that reading takes."""
     teacher = load("smollm2")
-    rounds, length = (2, 96) if quick else (7, 128)
+    rounds, size, length = (1, 4, 96) if quick else (7, 8, 128)
     short = [Sequence(one.ids[:length], one.response[:length]) for one in sequences]
-    short = [one for one in short if sum(one.response) >= length // 4][:32]
-    batch = collate(short[:8], teacher.pad_id)
+    short = [one for one in short if sum(one.response) >= length // 4][: 4 * size]
+    batch = collate(short[:size], teacher.pad_id)
     student = make_student("teacher:layers=10", teacher, seed=0)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, fused=True)
     with tempfile.TemporaryDirectory() as folder:

@@ -5,23 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from preceptor.cache.codecs import Codec, Kind, encode, joined, kind_of, sparse_rows
+from preceptor.cache.codecs import Codec, Kind, encode, kind_of, sparse_rows
 from preceptor.cache.hidden import fit_hidden
-from preceptor.cache.measures import LogProbs, chunks
+from preceptor.cache.measures import LogProbs
 from preceptor.cache.soft import MAX_DRAWS, SampledCodec, TopKCodec
 from preceptor.cache.sparse import SparseCodec, fit_sparse
 from preceptor.errors import UserError
 from preceptor.knowledge import Head
 
 _FITTED_ON = 512  # rows on which a sparse codec's symbols are counted, and its budget met
+_FITTED_BYTES = 256 << 20  # of their distributions, which are kept meanwhile
+_LEAST_ROWS = 64
+_LEAST_FLOOR = 1e-8
 _MEASURED_ON = 512
 _BUDGET_ROUNDS = 7
 _LENGTH_BYTES = 1  # of a row's length in its sequence's blob
+
+Sparse = TypeVar("Sparse", TopKCodec, SampledCodec)
 
 
 @dataclass(frozen=True)
@@ -70,15 +76,16 @@ def fit(kind: Kind, sample: Tensor, head: Head, wanted: Wanted) -> Codec:
     """
     if kind == "hidden":
         return fit_hidden(sample, head, tolerance=wanted.tolerance, budget=wanted.budget)
-    part = sample[:: max(1, len(sample) // _FITTED_ON)]
+    count = max(_LEAST_ROWS, min(_FITTED_ON, _FITTED_BYTES // (8 * head.weight.shape[0])))
+    part = sample[:: max(1, len(sample) // count)]
+    known = LogProbs.of(part, head)
     if kind == "sampled":
         if wanted.draws is not None:
-            return _sparse(part, head, lambda _: _blank_sampled(wanted.draws or 2), 0.0)
-        return _within_budget(part, head, wanted, lambda x: _blank_sampled(round(math.exp(x))), math.log(MAX_DRAWS))
+            return _fitted(known, SampledCodec(SparseCodec.empty(wanted.draws), wanted.draws))
+        return _within_budget(part, known, head, wanted.budget, _samples, math.log(MAX_DRAWS))
     if wanted.floor is not None or wanted.mass is not None:
-        blank = TopKCodec(_blank(0), wanted.k, wanted.mass or 1.0, wanted.floor or 0.0)
-        return _sparse(part, head, lambda _: blank, 0.0)
-    return _within_budget(part, head, wanted, lambda x: TopKCodec(_blank(0), wanted.k, 1.0, math.exp(-x)), 18.0)
+        return _fitted(known, TopKCodec(SparseCodec.empty(0), wanted.k, wanted.mass or 1.0, wanted.floor or 0.0))
+    return _within_budget(part, known, head, wanted.budget, lambda x: _likeliest(wanted.k, x), -math.log(_LEAST_FLOOR))
 
 
 def measure(codec: Codec, sample: Tensor, head: Head) -> Measured:
@@ -104,41 +111,36 @@ def choose(sample: Tensor, head: Head, wanted: Wanted) -> tuple[Codec, str]:
 
 
 def _within_budget(
-    part: Tensor, head: Head, wanted: Wanted, make: Callable[[float], TopKCodec | SampledCodec], most: float
-) -> Codec:
-    """The largest codec within the budget: ``make(x)`` keeps more the larger x in [0, most] is."""
+    part: Tensor, known: LogProbs, head: Head, budget: float, make: Callable[[float], Sparse], most: float
+) -> Sparse:
+    """The largest codec within the budget: ``make(x)`` keeps more the larger x in [log 2, most] is."""
     low, high = math.log(2.0), most
-    best = _sparse(part, head, make, low)
+    best = _fitted(known, make(low))
     for _ in range(_BUDGET_ROUNDS):
         middle = (low + high) / 2
-        codec = _sparse(part, head, make, middle)
-        lengths = encode(codec, part, head, _offsets(len(part))).lengths
-        if 2 * float(lengths.mean()) + _LENGTH_BYTES <= wanted.budget:
+        codec = _fitted(known, make(middle))
+        lengths = encode(codec, part, head, _offsets(len(part)), known=known).lengths
+        if 2 * float(lengths.mean()) + _LENGTH_BYTES <= budget:
             low, best = middle, codec
         else:
             high = middle
     return best
 
 
-def _sparse(part: Tensor, head: Head, make: Callable[[float], TopKCodec | SampledCodec], x: float) -> Codec:
-    blank = make(x)
-    rows, frequency = [], torch.zeros(head.weight.shape[0], device=head.weight.device)
-    offsets = _offsets(len(part))
-    for piece in chunks(len(part), head):
-        teacher = LogProbs.of(part[piece], head)
-        frequency += teacher.probabilities.sum(0)
-        rows.append(sparse_rows(blank, teacher, offsets[piece]))
+def _fitted(known: LogProbs, blank: Sparse) -> Sparse:
+    rows = sparse_rows(blank, known, _offsets(len(known.logits)))
     limit = blank.draws if isinstance(blank, SampledCodec) else 0
-    sparse = fit_sparse(joined(rows), frequency.double().cpu().numpy(), limit=limit)
-    return replace(blank, sparse=sparse)
+    frequency = known.probabilities.mean(0).double().cpu().numpy()
+    return replace(blank, sparse=fit_sparse(rows, frequency, limit=limit))
 
 
-def _blank_sampled(draws: int) -> SampledCodec:
-    return SampledCodec(_blank(draws), draws)
+def _samples(x: float) -> SampledCodec:
+    draws = round(math.exp(x))
+    return SampledCodec(SparseCodec.empty(draws), draws)
 
 
-def _blank(limit: int) -> SparseCodec:
-    return SparseCodec.empty(limit)
+def _likeliest(k: int, x: float) -> TopKCodec:
+    return TopKCodec(SparseCodec.empty(0), k, 1.0, math.exp(-x))
 
 
 def _offsets(rows: int) -> Tensor:
