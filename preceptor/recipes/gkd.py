@@ -240,7 +240,7 @@ def main(config: Config) -> Table | None:
     with run.accelerator.main_process_first():
         lessons = prepare(config.text, teacher, seed=config.training.seed, path=folder / "lessons.jsonl")
     teach(run, student, _listen(config, run, teacher, student), lessons, config)
-    taught = {TAUGHT: _whole(run, student, config, teacher)}
+    taught = {TAUGHT: _whole(run, student, config)}
     if config.labels_arm:
         taught[LABELS_ONLY] = _taught_by_labels(config, teacher, lessons)
     return _examine(config, taught, lessons) if run.is_main else None
@@ -276,12 +276,15 @@ def _listen(config: Config, run: Run, teacher: LanguageModel, student: LanguageM
     return said
 
 
-def _whole(run: Run, student: LanguageModel, config: Config, teacher: LanguageModel) -> LanguageModel:
-    """The student in one piece: where its parts lie on several processes, gathered into a new one."""
+def _whole(run: Run, student: LanguageModel, config: Config) -> LanguageModel:
+    """The student in one piece: where its parts lie on several processes, gathered into a new one on the main one."""
     if not config.training.shard:
         return student.eval()
-    whole = make_student(config.student, teacher, seed=config.training.seed)
-    whole.load_state_dict(run.state_dict())
+    state = run.state_dict()
+    if not run.is_main:
+        return student
+    whole = make_student(config.student, load(config.teacher), seed=config.training.seed)
+    whole.load_state_dict(state)
     return whole.eval()
 
 
@@ -295,10 +298,11 @@ def _taught_by_labels(config: Config, teacher: LanguageModel, lessons: Lessons) 
         output=str(Path(config.output) / "labels"),
         labels_arm=False,
     )
-    student = make_student(config.student, teacher, seed=config.training.seed)
+    # The teacher may lie in shards by now, which cannot be copied.
+    student = make_student(config.student, load(config.teacher), seed=config.training.seed)
     run = _start(alone, student, teacher)
     teach(run, student, None, lessons, alone)
-    return _whole(run, student, alone, teacher)
+    return _whole(run, student, alone)
 
 
 def _examine(config: Config, taught: dict[str, LanguageModel], lessons: Lessons) -> Table:
