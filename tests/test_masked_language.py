@@ -20,7 +20,9 @@ TOKENS = SimpleNamespace(mask_token_id=4, all_special_ids=[0, 1, 2, 3, 4])
 def made(share=0.15):
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    return MaskedLanguage(AutoModel.from_config(BertConfig(vocab_size=60, initializer_range=0.1, **sizes)).eval(), TOKENS, share=share)
+    return MaskedLanguage(
+        AutoModel.from_config(BertConfig(vocab_size=60, initializer_range=0.1, **sizes)).eval(), TOKENS, share=share
+    )
 
 
 def texts(count, length=20):
