@@ -234,17 +234,28 @@ def fit_hidden(sample: Tensor, head: Head, *, tolerance: float | None, budget: f
     flat = Tables.of(quantise_frequencies(np.ones((1, STEPS))))
     fitted = _transform(sample[:cut].float(), metric)
     codec = HiddenCodec(*fitted, flat, _gaussian_tables(), tolerance or _FIRST_TOLERANCE)
+    tried: list[tuple[float, float]] = []
     for _ in range(1 if tolerance else _BUDGET_ROUNDS):
         rounded, step, _ = codec.quantise(rest, head)
         codec = _counted(codec, rounded, step)
         if tolerance is None:
-            over = codec.bits(rounded, step).mean() / 8 + _OVERHEAD - budget
-            # A coordinate that is coded costs half a bit more when KL is halved.
-            alive = (codec.spread[None] - step[:, None] >= 0).mean() * len(codec.spread) + 1
-            scaled = codec.tolerance * float(np.clip(4.0 ** (8 * over / alive), 1e-2, 1e2))
-            codec = replace(codec, tolerance=max(scaled, _LEAST_TOLERANCE))
+            tried.append((codec.bits(rounded, step).mean() / 8 + _OVERHEAD, math.log2(codec.tolerance)))
+            codec = replace(codec, tolerance=max(2 ** _aimed(tried, budget, len(codec.spread)), _LEAST_TOLERANCE))
     mean, forward, inverse, spread = _transform(sample.float(), metric)
     return replace(codec, mean=mean, forward=forward, inverse=inverse, spread=spread)
+
+
+def _aimed(tried: list[tuple[float, float]], budget: float, width: int) -> float:
+    """The logarithm of the tolerance (base 2) that meets the budget: the secant through the two nearest tries.
+
+    ``tried``: bytes and logarithms. A coordinate costs half a bit more when KL is halved; two thirds of them count
+    where there is no second try yet.
+    """
+    (size, log), *others = sorted(tried, key=lambda one: abs(one[0] - budget))
+    slope = -width / 24
+    if others and others[0][1] != log:
+        slope = min((others[0][0] - size) / (others[0][1] - log), slope / 8)
+    return log + min(max((budget - size) / slope, -10), 10)
 
 
 def _thinned(rows: Tensor, count: int) -> Tensor:
