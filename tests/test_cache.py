@@ -258,9 +258,9 @@ def test_the_choice_is_the_nearest_and_says_why(teacher: LanguageModel, sequence
     assert isinstance(codec, HiddenCodec)
     assert sentence.startswith("Chosen: hidden")
     assert "top_k" in sentence
-    wide = torch.randn(600, 512)
-    flat = Head(torch.cat([torch.randn(3, 512), torch.zeros(200, 512) - 0.01]))
-    assert not isinstance(choose(wide, flat, Wanted(10, 64))[0], HiddenCodec)
+    # Two hundred directions that all matter do not fit in ten bytes, a few likely tokens do.
+    wide = Head(torch.randn(VOCABULARY, 200) * 0.25)
+    assert not isinstance(choose(torch.randn(900, 200), wide, Wanted(10, 64))[0], HiddenCodec)
 
 
 # On disk
