@@ -1,4 +1,4 @@
-"""Divergences between a teacher and a student over a vocabulary, straight from hidden states and output heads.
+r"""Divergences between a teacher and a student over a vocabulary, straight from hidden states and output heads.
 
 `divergence` never holds a tokens x vocabulary matrix: it drops masked rows, walks through the others in chunks, and
 computes the gradient of each chunk in closed form while its logits are at hand. p is the teacher, q the student:
@@ -31,7 +31,7 @@ from preceptor.losses import Loss
 from preceptor.losses.fused import FusedDivergence, Plan
 from preceptor.losses.rows import IGNORED, STATS, Kind, Objective
 
-CHUNK_BYTES = 64 * 2**20
+CHUNK_BYTES = 96 * 2**20
 
 
 def divergence(
@@ -49,6 +49,8 @@ def divergence(
     label_weight: float = 0.0,
     tail: Literal["bucket", "uniform"] = "bucket",
     chunk_bytes: int = CHUNK_BYTES,
+    float32_gradient: bool = False,
+    compiled: bool = True,
 ) -> Loss:
     """Sum over rows of ``weight * temperature**2 * D(teacher, student) + label_weight * cross_entropy``.
 
@@ -68,11 +70,14 @@ def divergence(
         weight: multiplies the divergence.
         label_weight: multiplies the cross-entropy to ``labels``, in nats at temperature 1.
         tail: what top-k targets say about unlisted tokens. ``"bucket"`` compares the k listed tokens and all others
-            together as one class: exact as a divergence of k + 1 classes, a lower bound of the full one (of an
-            f-divergence, by the data-processing inequality), and silent about the tail's shape, which the student keeps.
+            together as one class: exact as a divergence of k + 1 classes, a lower bound of the full one (by the
+            data-processing inequality), and silent about the tail's shape, which the student keeps.
             ``"uniform"`` spreads the tail's mass evenly, which also teaches the student a flat tail. At a temperature
             other than 1 both take the tail as flat to know its mass.
         chunk_bytes: memory for logits that are alive at a time.
+        float32_gradient: sum the gradient of a narrow head (bfloat16, float16) over chunks in float32, for 4 bytes an
+            entry; otherwise a sum is rounded to the head's dtype once a chunk. Within a chunk it is always float32.
+        compiled: use the compiled CPU kernel where there is one; otherwise PyTorch, to the same values.
 
     Returns:
         `Loss` with the count of rows and detached sums over rows: ``divergence`` (nats, without ``weight`` and
@@ -90,8 +95,11 @@ def divergence(
     _check_targets(said, chosen, rows.shape[0], head.weight.shape[0], kind, temperature)
     if rows.shape[0] == 0:
         return _empty(hidden, head, teacher, labels)
-    plan = _plan(rows, kind, beta, alpha, temperature, weight, label_weight, tail, chunk_bytes, teacher, labels)
-    total, sums = FusedDivergence.apply(rows, head.weight, head.bias, head, said, chosen, plan)
+    objective = _objective(kind, beta, alpha, temperature=temperature, gain=weight, label_gain=label_weight)
+    plan = Plan(objective, tail, *_dtypes(rows, head.weight, float32_gradient), chunk_bytes, compiled)
+    total, sums = FusedDivergence.apply(  # type: ignore[no-untyped-call]
+        rows, head.weight, head.bias, head, said, chosen, plan
+    )
     count = torch.tensor(rows.shape[0], device=hidden.device)
     return Loss(total, count, {name: sums[STATS.index(name)] for name in _names(teacher, labels)})
 
@@ -109,33 +117,25 @@ def _names(teacher: SoftTargets | None, labels: Tensor | None) -> list[str]:
     return names
 
 
-def _plan(
-    rows: Tensor,
-    kind: Kind,
-    beta: float,
-    alpha: float,
-    temperature: float,
-    weight: float,
-    label_weight: float,
-    tail: str,
-    chunk_bytes: int,
-    teacher: SoftTargets | None,
-    labels: Tensor | None,
-) -> Plan:
-    if kind == "jensen_shannon" and beta in (0.0, 1.0):
-        kind = "forward_kl" if beta == 0.0 else "reverse_kl"
-    objective = Objective(
-        kind=kind,
-        mix=beta if kind == "jensen_shannon" else alpha,
-        temperature=temperature,
-        gain=0.0 if teacher is None else weight * temperature**2,
-        label_gain=0.0 if labels is None else label_weight,
-    )
-    device = rows.device.type
-    product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
-    product = torch.float64 if rows.dtype == torch.float64 else product
-    work = torch.float64 if product == torch.float64 else torch.float32
-    return Plan(objective, tail, product, work, chunk_bytes)
+def _objective(
+    kind: Kind, beta: float, alpha: float, *, temperature: float, gain: float, label_gain: float
+) -> Objective:
+    """The divergence to compute: kinds whose mixture is one of the two sides become the plain ones."""
+    mix = beta if kind == "jensen_shannon" else alpha
+    if mix == 0.0 and kind in ("jensen_shannon", "skew_kl"):
+        kind = "forward_kl"
+    elif (mix == 1.0 and kind == "jensen_shannon") or (mix == 0.0 and kind == "skew_reverse_kl"):
+        kind = "reverse_kl"
+    return Objective(kind=kind, mix=mix, temperature=temperature, gain=gain * temperature**2, label_gain=label_gain)
+
+
+def _dtypes(rows: Tensor, weight: Tensor, float32_gradient: bool) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+    """The dtypes of products, of everything by element, and of the sum of the head's gradient (see `Plan`)."""
+    device, product = rows.device.type, rows.dtype
+    if torch.is_autocast_enabled(device) and product != torch.float64:
+        product = torch.get_autocast_dtype(device)
+    work = torch.promote_types(product, torch.float32)
+    return product, work, torch.promote_types(weight.dtype, work) if float32_gradient else weight.dtype
 
 
 def _select(
@@ -197,7 +197,7 @@ def _check_shapes(
     for name, tensor in (("mask", mask), ("labels", labels)):
         if tensor is not None and tuple(tensor.shape) != lead:
             raise UserError(
-                f"{name} has shape {tuple(tensor.shape)} and the hidden states {lead}; give one entry for each position."
+                f"{name} has shape {tuple(tensor.shape)} and the hidden states {lead}; give one entry a position."
             )
     if mask is not None and mask.dtype != torch.bool:
         raise UserError(f"mask is {mask.dtype}; make it boolean, True where a position is taught (mask != 0).")
@@ -229,8 +229,8 @@ def _check_targets(
         first, classes, ids = teacher.ids, vocabulary, teacher.ids
     if teacher is not None and tuple(first.shape[:-1]) != (rows,):
         raise UserError(
-            f"The teacher speaks about positions of shape {tuple(first.shape[:-1])} and the student has {rows} selected "
-            "positions; give the teacher's targets for every position or for exactly the selected ones."
+            f"The teacher speaks about positions of shape {tuple(first.shape[:-1])} and the student has {rows} "
+            "selected positions; give the teacher's targets for every position or for exactly the selected ones."
         )
     if teacher is not None and classes != vocabulary:
         raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,60 +11,92 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from preceptor.knowledge import Head, HiddenTargets, LogitTargets, SampledTargets, SoftTargets, TopKTargets
-from preceptor.losses.rows import STATS, Logits, Objective, bucket_rows, dense_rows, sampled_rows, spread_rows
+from preceptor.losses import kernel
+from preceptor.losses.products import add_weight_gradient, hidden_gradient, logits_into
+from preceptor.losses.rows import (
+    STATS,
+    Logits,
+    Objective,
+    Said,
+    bucket_rows,
+    dense_rows,
+    sampled_rows,
+    spread_rows,
+    with_tail,
+)
+
+ROWS_BYTES = {"cpu": 2 * 2**20}
+MANY_ROWS_BYTES = 64 * 2**20
+FEWEST_ROWS = 16
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How one pass is carried out: the objective, the dtypes and the budget."""
+    """How one pass is carried out.
+
+    ``product_dtype`` is the dtype of the matrix products, ``work_dtype`` that of everything by element,
+    ``sum_dtype`` that in which the head's gradient is summed over chunks, ``chunk_bytes`` the memory for logits.
+    """
 
     objective: Objective
     tail: str
     product_dtype: torch.dtype
     work_dtype: torch.dtype
+    sum_dtype: torch.dtype
     chunk_bytes: int
+    compiled: bool
 
 
-def project(hidden: Tensor, head: Head, dtype: torch.dtype) -> Tensor:
-    """``hidden @ weight.T + bias`` in ``dtype``: (rows, vocabulary)."""
-    product = hidden.to(dtype) @ head.weight.to(dtype).t()
-    return product if head.bias is None else product.add_(head.bias.to(dtype))
+def chunk_rows(rows: int, vocabulary: int, plan: Plan, buffers: int) -> int:
+    """Rows per chunk: chunks of equal size whose logits fit in the budget."""
+    most = max(1, plan.chunk_bytes // (buffers * vocabulary * plan.product_dtype.itemsize))
+    even = math.ceil(rows / math.ceil(rows / most))
+    return min(most, math.ceil(even / FEWEST_ROWS) * FEWEST_ROWS)
 
 
-def _score(
-    product: Tensor,
-    form: Logits,
-    teacher: SoftTargets | None,
-    rows: slice,
-    labels: Tensor | None,
-    plan: Plan,
-    gradient: bool,
-) -> Tensor:
-    """Statistics of one chunk; its products become gradients."""
-    work, objective = plan.work_dtype, plan.objective
-    if isinstance(teacher, SampledTargets):
-        return sampled_rows(
-            product, form, teacher.ids[rows], teacher.weights[rows], labels, objective, work=work, gradient=gradient
-        )
-    if isinstance(teacher, TopKTargets) and plan.tail == "bucket":
-        return bucket_rows(
-            product, form, teacher.ids[rows], teacher.log_probs[rows], labels, objective, work=work, gradient=gradient
-        )
-    said, said_form = None, Logits()
-    if isinstance(teacher, TopKTargets):
-        vocabulary, heat = product.shape[-1], objective.temperature
-        said = spread_rows(teacher.ids[rows], teacher.log_probs[rows], vocabulary, heat, work) * heat
-    elif isinstance(teacher, LogitTargets):
-        said = teacher.logits[rows]
-    elif isinstance(teacher, HiddenTargets):
-        said = project(teacher.hidden[rows], teacher.head, _teacher_dtype(teacher, plan))
-        said_form = Logits(teacher.head.scale, teacher.head.softcap)
-    return dense_rows(product, form, said, said_form, labels, objective, work=work, gradient=gradient)
+class _Teacher:
+    """A teacher read chunk by chunk; its logits live in one buffer."""
+
+    def __init__(self, targets: SoftTargets | None, vocabulary: int, plan: Plan) -> None:
+        self.targets, self.vocabulary, self.plan = targets, vocabulary, plan
+        self.spread = isinstance(targets, TopKTargets) and plan.tail == "uniform"
+        self.buffers = 2 if isinstance(targets, HiddenTargets) or self.spread else 1
+        self.buffer: Tensor | None = None
+
+    def says(self, rows: slice) -> Said:
+        targets, plan, heat = self.targets, self.plan, self.plan.objective.temperature
+        if isinstance(targets, SampledTargets):
+            return Said("sampled", ids=targets.ids[rows], values=targets.weights[rows])
+        if isinstance(targets, LogitTargets):
+            return Said("dense", logits=targets.logits[rows])
+        if isinstance(targets, TopKTargets):
+            values = with_tail(targets.log_probs[rows].to(plan.work_dtype), self.vocabulary, heat)
+            if plan.tail == "bucket":
+                return Said("bucket", ids=targets.ids[rows], values=values)
+            return Said("dense", logits=spread_rows(targets.ids[rows], values, self.vocabulary).mul_(heat))
+        if isinstance(targets, HiddenTargets):
+            x, product = targets.hidden[rows], plan.product_dtype
+            x = x.to(product if product.itemsize < 4 else torch.promote_types(x.dtype, product))
+            if self.buffer is None:
+                self.buffer = torch.empty(x.shape[0], self.vocabulary, dtype=x.dtype, device=x.device)
+            logits = self.buffer[: x.shape[0]]
+            logits_into(logits, x, targets.head.weight, targets.head.bias)
+            return Said("dense", logits=logits, form=Logits(targets.head.scale, targets.head.softcap))
+        return Said("labels")
 
 
-def _teacher_dtype(teacher: HiddenTargets, plan: Plan) -> torch.dtype:
-    narrow = torch.finfo(plan.product_dtype).bits < 32
-    return plan.product_dtype if narrow else teacher.hidden.dtype
+def _score(z: Tensor, form: Logits, said: Said, labels: Tensor | None, plan: Plan, gradient: bool) -> Tensor:
+    """Statistics (rows, 5) of one chunk, whose products become gradients."""
+    if plan.compiled and plan.work_dtype == torch.float32 and kernel.usable(z):
+        return kernel.score(z, form, said, labels, plan.objective, gradient=gradient)
+    rows = {"bucket": bucket_rows, "sampled": sampled_rows}.get(said.mode, dense_rows)
+    step = max(1, ROWS_BYTES.get(z.device.type, MANY_ROWS_BYTES) // (z.shape[1] * plan.work_dtype.itemsize))
+    parts = []
+    for start in range(0, z.shape[0], step):
+        part = slice(start, start + step)
+        some = None if labels is None else labels[part]
+        parts.append(rows(z[part], form, said[part], some, plan.objective, work=plan.work_dtype, gradient=gradient))
+    return torch.cat(parts)
 
 
 class FusedDivergence(torch.autograd.Function):
@@ -76,32 +109,33 @@ class FusedDivergence(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         head: Head,
-        teacher: SoftTargets | None,
+        targets: SoftTargets | None,
         labels: Tensor | None,
         plan: Plan,
     ) -> tuple[Tensor, Tensor]:
         """Return the weighted sum and the sums of the statistics (see `rows.STATS`)."""
-        needs = ctx.needs_input_grad[:3]
-        rows, gradient = hidden.shape[0], any(needs)
-        grad_hidden = torch.empty_like(hidden) if needs[0] else None
-        grad_weight = torch.zeros(weight.shape, dtype=plan.work_dtype, device=weight.device) if needs[1] else None
-        grad_bias = torch.zeros(weight.shape[0], dtype=plan.work_dtype, device=weight.device) if needs[2] else None
-        exact = torch.float32 if hidden.device.type == "mps" else torch.float64
-        sums = torch.zeros(len(STATS), dtype=exact, device=hidden.device)
-        narrow_weight = weight.to(plan.product_dtype)
-        student = Head(narrow_weight, bias, head.scale, head.softcap)
-        chunk = max(1, plan.chunk_bytes // (2 * weight.shape[0] * plan.work_dtype.itemsize))
-        for start in range(0, rows, chunk):
-            part = slice(start, start + chunk)
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        (rows, _), vocabulary = hidden.shape, weight.shape[0]
+        wide = torch.float32 if hidden.device.type == "mps" else torch.float64
+        teacher, form = _Teacher(targets, vocabulary, plan), Logits(head.scale, head.softcap)
+        step = chunk_rows(rows, vocabulary, plan, teacher.buffers)
+        gradient = needs_hidden or needs_weight or needs_bias
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = weight.new_empty(weight.shape, dtype=plan.sum_dtype) if needs_weight else None
+        grad_bias = weight.new_zeros(vocabulary, dtype=plan.work_dtype) if needs_bias else None
+        buffer = torch.empty(step, vocabulary, dtype=plan.product_dtype, device=hidden.device)
+        sums = torch.zeros(len(STATS), dtype=wide, device=hidden.device)
+        for start in range(0, rows, step):
+            part = slice(start, min(start + step, rows))
             x = hidden[part].to(plan.product_dtype)
-            z = project(x, student, plan.product_dtype)
-            said = None if labels is None else labels[part]
-            stats = _score(z, Logits(head.scale, head.softcap), teacher, part, said, plan, gradient)
-            sums += stats.to(exact).sum(0)
+            z = buffer[: x.shape[0]]
+            logits_into(z, x, weight, bias)
+            some = None if labels is None else labels[part]
+            sums += _score(z, form, teacher.says(part), some, plan, gradient).sum(0, dtype=wide)
             if grad_hidden is not None:
-                grad_hidden[part] = z @ narrow_weight
+                grad_hidden[part] = hidden_gradient(z, weight, plan.work_dtype)
             if grad_weight is not None:
-                grad_weight += z.t() @ x
+                add_weight_gradient(grad_weight, z, x, first=start == 0)
             if grad_bias is not None:
                 grad_bias += z.sum(0, dtype=plan.work_dtype)
         ctx.gradients = (
@@ -110,20 +144,21 @@ class FusedDivergence(torch.autograd.Function):
             None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
         )
         ctx.mark_non_differentiable(sums)
-        objective = plan.objective
-        gain = (
-            objective.gain * sums[0] + objective.label_gain * sums[1]
-            if objective.label_gain
-            else objective.gain * sums[0]
-        )
-        return gain.to(plan.work_dtype), sums
+        total = plan.objective.gain * sums[0] if targets is not None else torch.zeros_like(sums[0])
+        if labels is not None:
+            total = total + plan.objective.label_gain * sums[1]
+        return total.to(plan.work_dtype), sums
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         """Scale the stored gradients in place and give them away."""
         if ctx.gradients is None:
             raise RuntimeError("This divergence has been differentiated already; compute it again to do it twice.")
         gradients, ctx.gradients = ctx.gradients, None
-        scaled = tuple(None if g is None else g.mul_(grad_sum) for g in gradients)
-        return (*scaled, None, None, None, None)
+        # On a CPU reading the factor costs nothing, and the usual 1 saves a pass over the head's gradient.
+        if grad_sum.device.type != "cpu" or grad_sum.item() != 1:
+            for gradient in gradients:
+                if gradient is not None:
+                    gradient.mul_(grad_sum.to(gradient.dtype))
+        return (*gradients, None, None, None, None)

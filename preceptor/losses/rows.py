@@ -42,6 +42,26 @@ class Objective:
     label_gain: float
 
 
+@dataclass(frozen=True)
+class Said:
+    """What a teacher says about a block of rows.
+
+    ``mode``: ``"labels"`` (nothing), ``"dense"`` (``logits``, products when ``form`` says so), ``"bucket"`` (``ids``
+    and k + 1 log-probabilities at the temperature, the tail's last) or ``"sampled"`` (``ids`` and their weights).
+    """
+
+    mode: Literal["labels", "dense", "bucket", "sampled"]
+    logits: Tensor | None = None
+    form: Logits = Logits()
+    ids: Tensor | None = None
+    values: Tensor | None = None
+
+    def __getitem__(self, rows: slice) -> Said:
+        """The same about some of the rows."""
+        logits, ids, values = (None if x is None else x[rows] for x in (self.logits, self.ids, self.values))
+        return Said(self.mode, logits, self.form, ids, values)
+
+
 def _times(probability: Tensor, value: Tensor) -> Tensor:
     """``probability * value`` with 0 * inf = 0, and NaN kept."""
     return (probability * value).masked_fill_(probability == 0, 0.0)
@@ -59,12 +79,13 @@ def divergence_of(kind: Kind, mix: float, s: Tensor, t: Tensor, *, gradient: boo
     normalisers does to the value to first order.
     """
     q, p = s.exp(), t.exp()
+    gap = (t - s).masked_fill((s == -math.inf) & (t == -math.inf), 0.0)
     excess = q.sum(-1) - p.sum(-1)
     if kind == "forward_kl":
-        value = _times(p, t - s).sum(-1) + excess
+        value = _times(p, gap).sum(-1) + excess
         return value, q - p if gradient else None
     if kind == "reverse_kl":
-        slope = s - t
+        slope = -gap
         value = _times(q, slope).sum(-1) - excess
     elif kind == "jensen_shannon":
         _, log_m = _log_mixture(q, p, mix)
@@ -124,34 +145,25 @@ class _Student:
         return -_times(self.s.exp(), self.s).sum(-1)
 
 
-def teacher_log_probs(product: Tensor, form: Logits, temperature: float, work: torch.dtype) -> Tensor:
-    """Log-probabilities at the temperature, from the teacher's product."""
-    z = product.to(work) * form.scale
-    if form.softcap is not None:
-        z = torch.tanh(z / form.softcap) * form.softcap
-    return torch.log_softmax(z / temperature, -1)
-
-
 def dense_rows(
     product: Tensor,
     form: Logits,
-    teacher: Tensor | None,
-    teacher_form: Logits,
+    said: Said,
     labels: Tensor | None,
     objective: Objective,
     *,
     work: torch.dtype,
     gradient: bool,
 ) -> Tensor:
-    """Rows of student products against rows of teacher products (or labels alone): statistics (rows, 5).
+    """Rows of student products against rows of teacher products (or labels alone): statistics (rows, 5), see `STATS`.
 
     With ``gradient`` the student's ``product`` is overwritten by the gradient with respect to it.
     """
     student = _Student(product, form, objective, work)
-    zero = torch.zeros_like(student.s[:, 0])
-    value, du, teacher_entropy, agreement = zero, None, zero, zero
-    if teacher is not None:
-        t = teacher_log_probs(teacher, teacher_form, objective.temperature, work)
+    value = teacher_entropy = agreement = torch.zeros_like(student.s[:, 0])
+    du = None
+    if said.logits is not None:
+        t = _log_probs(said.logits, said.form, objective.temperature, work)
         value, du = divergence_of(objective.kind, objective.mix, student.s, t, gradient=gradient)
         teacher_entropy = -_times(t.exp(), t).sum(-1)
         agreement = (student.s.argmax(-1) == t.argmax(-1)).to(work)
@@ -161,87 +173,99 @@ def dense_rows(
     return stats
 
 
-def at_temperature(log_probs: Tensor, vocabulary: int, temperature: float) -> tuple[Tensor, Tensor]:
-    """Top-k log-probabilities and the logarithm of the tail's mass, at a temperature.
+def _log_probs(product: Tensor, form: Logits, temperature: float, work: torch.dtype) -> Tensor:
+    z = product.to(work) * form.scale
+    if form.softcap is not None:
+        z = torch.tanh(z / form.softcap) * form.softcap
+    return torch.log_softmax(z / temperature, -1)
 
-    A temperature needs the shape of the tail, which nobody kept: it is taken as flat over the unlisted tokens.
+
+def with_tail(log_probs: Tensor, vocabulary: int, temperature: float) -> Tensor:
+    """Top-k log-probabilities (rows, k) and, last, the logarithm of the tail's mass, at a temperature: (rows, k + 1).
+
+    A temperature needs the shape of the tail, which nobody kept: it is taken as flat over the unlisted tokens. Where
+    rounding of the kept values leaves no mass for tokens that are there, the tail gets one rounding error of it; then
+    all is normalised.
     """
-    listed = (log_probs > -math.inf).sum(-1)
-    tail = torch.log1p(-log_probs.exp().sum(-1).clamp(max=1.0))
-    if temperature == 1.0:
-        return log_probs, tail
-    others = (vocabulary - listed).to(log_probs.dtype).log()
-    powered, tail = log_probs / temperature, others + (tail - others) / temperature
-    tail = tail.masked_fill(torch.isnan(tail), -math.inf)
-    total = torch.logsumexp(torch.cat((powered, tail.unsqueeze(-1)), -1), -1)
-    return powered - total.unsqueeze(-1), tail - total
+    others = (vocabulary - (log_probs > -math.inf).sum(-1)).to(log_probs.dtype)
+    mass = (1 - log_probs.exp().sum(-1)).clamp_min(torch.finfo(log_probs.dtype).eps)
+    tail = mass.log().masked_fill(others <= 0, -math.inf)
+    spread = others.clamp_min(1).log()
+    heated = torch.cat((log_probs / temperature, (spread + (tail - spread) / temperature).unsqueeze(-1)), -1)
+    return torch.log_softmax(heated, -1)
 
 
-def spread_rows(ids: Tensor, log_probs: Tensor, vocabulary: int, temperature: float, work: torch.dtype) -> Tensor:
-    """Top-k targets as dense log-probabilities (rows, vocabulary) at a temperature, the tail spread evenly."""
-    log_probs, tail = at_temperature(log_probs.to(work), vocabulary, temperature)
-    used = log_probs > -math.inf
-    each = tail - (vocabulary - used.sum(-1)).clamp_min(1).to(work).log()
+def _used(ids: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which slots are used, the best slot, and ids in which unused slots repeat the best one.
+
+    An unused slot must not touch the token that its id happens to name.
+    """
+    used, best = t > -math.inf, t.argmax(-1, keepdim=True)
+    return used, best, torch.where(used, ids, ids.gather(-1, best))
+
+
+def spread_rows(ids: Tensor, values: Tensor, vocabulary: int) -> Tensor:
+    """Top-k targets with their tail (rows, k + 1) as dense log-probabilities (rows, vocabulary), the tail flat."""
+    t = values[:, :-1]
+    used, best, safe = _used(ids, t)
+    each = values[:, -1] - (vocabulary - used.sum(-1)).clamp_min(1).to(t.dtype).log()
     dense = each.unsqueeze(-1).repeat(1, vocabulary)
-    safe = torch.where(used, ids, ids.gather(-1, log_probs.argmax(-1, keepdim=True)))
-    return dense.scatter_(-1, safe, torch.where(used, log_probs, log_probs.amax(-1, keepdim=True)))
+    return dense.scatter_(-1, safe, torch.where(used, t, t.gather(-1, best)))
 
 
 def bucket_rows(
     product: Tensor,
     form: Logits,
-    ids: Tensor,
-    log_probs: Tensor,
+    said: Said,
     labels: Tensor | None,
     objective: Objective,
     *,
     work: torch.dtype,
     gradient: bool,
 ) -> Tensor:
-    """Top-k targets as a distribution over k + 1 classes, the last one all unlisted tokens together."""
+    """As `dense_rows` for top-k targets: a divergence of k + 1 classes, the last one all unlisted tokens together."""
+    assert said.ids is not None
+    assert said.values is not None
     student = _Student(product, form, objective, work)
-    t, tail = at_temperature(log_probs.to(work), product.shape[-1], objective.temperature)
-    used = t > -math.inf
-    rest = student.s.exp()
-    first = rest.argmax(-1)
-    # An unused slot must not touch the token that its id happens to name: it repeats the row's best slot instead.
-    safe = torch.where(used, ids, ids.gather(-1, t.argmax(-1, keepdim=True)))
-    rest.scatter_(-1, safe, 0.0)
-    rest_mass = rest.sum(-1, keepdim=True)
-    s_small = torch.cat((student.s.gather(-1, safe).masked_fill(~used, -math.inf), rest_mass.log()), -1)
-    t_small = torch.cat((t, tail.unsqueeze(-1)), -1)
-    never = (s_small == -math.inf) & (t_small == -math.inf)
-    # A class that neither side uses must add 0, not inf - inf.
-    low = math.log(torch.finfo(work).tiny) * 2
-    s_small, t_small = s_small.masked_fill(never, low), t_small.masked_fill(never, low)
-    value, du_small = divergence_of(objective.kind, objective.mix, s_small, t_small, gradient=gradient)
-    agreement = (first == ids.gather(-1, t.argmax(-1, keepdim=True)).squeeze(-1)).to(work)
-    columns = (value, student.cross_entropy(labels), student.entropy(), torch.zeros_like(value), agreement)
-    if du_small is not None:
-        du = rest.mul_((du_small[:, -1:] / rest_mass).masked_fill_(rest_mass == 0, 0.0))
-        listed = torch.where(used, du_small[:, :-1], du_small.gather(-1, t.argmax(-1, keepdim=True)))
+    t = said.values.to(work)
+    used, best, safe = _used(said.ids, t[:, :-1])
+    rest = student.s.scatter(-1, safe, -math.inf)
+    log_rest = torch.logsumexp(rest, -1, keepdim=True)
+    s = torch.cat((student.s.gather(-1, safe).masked_fill(~used, -math.inf), log_rest), -1)
+    value, du_classes = divergence_of(objective.kind, objective.mix, s, t, gradient=gradient)
+    agreement = (student.s.argmax(-1) == said.ids.gather(-1, best).squeeze(-1)).to(work)
+    zero = torch.zeros_like(value)
+    stats = torch.stack((value, student.cross_entropy(labels), student.entropy(), zero, agreement), -1)
+    if du_classes is not None:
+        inside = (rest - log_rest).exp().masked_fill(log_rest == -math.inf, 0.0)
+        du = inside.mul_(du_classes[:, -1:].masked_fill(log_rest == -math.inf, 0.0))
+        listed = torch.where(used, du_classes[:, :-1], du_classes.gather(-1, best))
         student.write(product, objective, du.scatter_(-1, safe, listed), labels)
-    return torch.stack(columns, -1)
+    return stats
 
 
 def sampled_rows(
     product: Tensor,
     form: Logits,
-    ids: Tensor,
-    weights: Tensor,
+    said: Said,
     labels: Tensor | None,
     objective: Objective,
     *,
     work: torch.dtype,
     gradient: bool,
 ) -> Tensor:
-    """Tokens sampled from the teacher: cross-entropy, i.e. the forward KL plus the teacher's entropy, unbiased."""
+    """As `dense_rows` for tokens sampled from the teacher: the cross-entropy to them, unbiased.
+
+    Its expectation is the forward KL plus the teacher's entropy, and its gradient's is that of the forward KL.
+    """
+    assert said.ids is not None
+    assert said.values is not None
     student = _Student(product, form, objective, work)
-    weights = weights.to(work)
-    value = -_times(weights, student.s.gather(-1, ids)).sum(-1)
+    weights = said.values.to(work)
+    value = -_times(weights, student.s.gather(-1, said.ids)).sum(-1)
     zero = torch.zeros_like(value)
     stats = torch.stack((value, student.cross_entropy(labels), student.entropy(), zero, zero), -1)
     if gradient:
         du = student.s.exp() * weights.sum(-1, keepdim=True)
-        student.write(product, objective, du.scatter_add_(-1, ids, -weights), labels)
+        student.write(product, objective, du.scatter_add_(-1, said.ids, -weights), labels)
     return stats
