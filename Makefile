@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 # The demonstration: the recipe, its settings, and the folder that it writes to.
 DEMO_RECIPE ?= gkd
-DEMO_FLAGS ?=
+DEMO_FLAGS ?= --labels-arm --training.steps 120 --text.limit 384
 DEMO_FOLDER ?= runs/gkd/demo
 
 BIN := .venv/bin

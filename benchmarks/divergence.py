@@ -2,9 +2,9 @@
 
 One step of a Jensen-Shannon divergence (β = 0.5) between a student and a frozen teacher, from hidden states through
 both output heads, forward and backward, on one thread. Every figure comes from a fresh process that first warms up on a
-few rows; the arms take turns. CPU seconds are medians; memory is the peak of the resident set above the inputs, without the
-gradients that every arm has to return (of the hidden states and of the head). ``floor`` is the bare products over the
-same chunks of rows: student forward, teacher forward, two backward.
+few rows; the arms take turns. CPU seconds are medians; memory is the peak of the resident set above the inputs, without
+the gradients that every arm has to return (of the hidden states and of the head). ``floor`` is the bare products over
+the same chunks of rows: student forward, teacher forward, two backward.
 
     python benchmarks/divergence.py [--quick] [--rounds 3] [--save] [--skip trl_dense ...]
 

@@ -25,7 +25,7 @@ def main(
     cache = capture(large, lessons.train, folder / "cache", name=teacher, max_length=MAX_LENGTH, plan=plan)
     told = cache.summary()
     print(
-        f"{told['tokens']} tokens as {told['kind']}: {told['bytes_per_token']:.0f} bytes each, {told['kl']:.2g} nat away"
+        f"{told['tokens']} tokens, {told['kind']}: {told['bytes_per_token']:.0f} bytes each, {told['kl']:.2g} nat off"
     )
 
     says = CachedTeacher(cache)

@@ -17,7 +17,7 @@ from preceptor.losses import Loss
 
 
 def objective(hidden: Tensor, head: Head, *, said: HiddenTargets, batch: Batch, weight: float) -> Loss:
-    """Forward KL, plus ``weight`` times the mean squared distance of hidden states; a sum over the response's tokens."""
+    """Forward KL plus ``weight`` times the mean squared distance of hidden states, summed over response tokens."""
     loss = divergence(hidden, head, said, kind="forward_kl", mask=batch.predicts)
     distance = (hidden - said.hidden)[batch.predicts].square().mean(-1).sum()
     return Loss(loss.sum + weight * distance, loss.count, {**loss.parts, "distance": distance.detach()})

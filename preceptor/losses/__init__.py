@@ -1,4 +1,4 @@
-"""Losses: pure functions ``(student, teacher, ...) -> Loss``. Forward KL is KL(teacher ‖ student), here and everywhere."""
+"""Losses: pure functions ``(student, teacher, ...) -> Loss``. Forward KL is KL(teacher ‖ student), everywhere."""
 
 from __future__ import annotations
 
