@@ -21,7 +21,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from preceptor.losses.rows import STATS, Kind, Logits, Objective, Said
+from preceptor.losses.rows import STATS, Kind, Logits, Objective, Said, dense_rows
 
 FLAGS = ("-O3", "-std=c11", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 NATIVE = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",), ())
@@ -55,6 +55,19 @@ def score(
     library = _library()[0]
     if library is None:
         raise RuntimeError(status())
+    return _run(library, product, form, said, labels, objective, gradient=gradient)
+
+
+def _run(
+    library: ctypes.CDLL,
+    product: Tensor,
+    form: Logits,
+    said: Said,
+    labels: Tensor | None,
+    objective: Objective,
+    *,
+    gradient: bool,
+) -> Tensor:
     rows, vocabulary = product.shape
     logits = _plain(said.logits, TYPES)
     ids = None if said.ids is None else said.ids.contiguous()
@@ -118,7 +131,24 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
         return None, f"Divergences run in PyTorch: their CPU kernel could not be built ({error})."
     library.divergence_rows.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, *[ctypes.c_void_p] * 6]
     library.divergence_rows.restype = ctypes.c_int
+    if not _agrees(library):
+        return None, f"Divergences run in PyTorch: their CPU kernel, as {compiler} built it, computes something else."
     return library, f"Divergences run in a compiled CPU kernel ({path})."
+
+
+def _agrees(library: ctypes.CDLL) -> bool:
+    """Whether a fresh build gives the values and gradients of `rows`, kind by kind, on two rows of 70 logits."""
+    student = torch.linspace(-9.0, 7.0, 140).sin().mul(6.0).view(2, 70)
+    said = Said("dense", logits=torch.linspace(-5.0, 8.0, 140).cos().mul(6.0).view(2, 70))
+    labels = torch.tensor([3, 69])
+    for kind in get_args(Kind):
+        objective = Objective(kind, mix=0.3, temperature=1.5, gain=1.0, label_gain=0.5)
+        ours, theirs = student.clone(), student.clone()
+        stats = _run(library, ours, Logits(0.8, 9.0), said, labels, objective, gradient=True)
+        wanted = dense_rows(theirs, Logits(0.8, 9.0), said, labels, objective, work=torch.float32, gradient=True)
+        if not torch.allclose(stats.float(), wanted, atol=1e-4) or not torch.allclose(ours, theirs, atol=1e-4):
+            return False
+    return True
 
 
 def _build(compiler: str, source: Path) -> Path:
