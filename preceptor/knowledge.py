@@ -47,8 +47,8 @@ class LogitTargets:
 class TopKTargets:
     """The likeliest tokens and the mass of all the others.
 
-    ``ids``: (..., k) int64; ``log_probs``: (..., k), natural logarithms under the teacher's full softmax. ``-inf`` is an
-    unused slot (rows may hold fewer than k). The tail mass is ``1 - sum(exp(log_probs))``, spread over the tokens
+    ``ids``: (..., k) int64. ``log_probs``: (..., k), natural logarithms under the teacher's full softmax; ``-inf`` is
+    an unused slot (rows may hold fewer than k). The tail mass is ``1 - sum(exp(log_probs))``, spread over the tokens
     that are not listed as the divergence says.
     """
 

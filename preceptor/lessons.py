@@ -81,6 +81,18 @@ def prepare(text: Text, teacher: LanguageModel, *, seed: int, path: Path) -> Les
     return lessons
 
 
+def recorded(source: str) -> list[Sequence]:
+    """All sequences of a ``lessons.jsonl``, as a run has written it; none of any other data."""
+    path = Path(source)
+    if path.name != "lessons.jsonl" or not path.is_file():
+        return []
+    with path.open(encoding="utf-8") as file:
+        if not file.readline().startswith('{"part": '):
+            return []
+    lessons = _read(path)
+    return lessons.train + lessons.exam
+
+
 def _examples(text: Text, seed: int) -> tuple[list[Example], list[Example]]:
     if text.source == EMBEDDED:
         prompts = (make_prompts(text.limit or 512, seed), make_prompts(text.held_out, seed, held_out=True))

@@ -17,6 +17,7 @@ from preceptor.cache.choice import Wanted
 from preceptor.cache.reading import Cache
 from preceptor.data import encode, read
 from preceptor.errors import UserError
+from preceptor.lessons import recorded
 from preceptor.models import load
 from preceptor.teacher import CachedTeacher
 
@@ -28,7 +29,7 @@ class Config:
     """What to capture, and how compactly."""
 
     data: str
-    """A file (JSON lines, JSON, Parquet), a folder, or a data set on the hub, with responses."""
+    """A file (JSON lines, JSON, Parquet), a folder, a data set on the hub, with responses; or a run's lessons.jsonl."""
     output: str
     """Folder of the cache; one that was interrupted, or that gets new data, is continued."""
     teacher: str = "smollm2"
@@ -70,9 +71,10 @@ def main(config: Config) -> int:
     if config.batch_tokens < 1 or config.sample < 64:
         raise UserError("batch_tokens must be at least 1 and sample at least 64 tokens.")
     wanted = Wanted(config.budget, config.k, config.mass, config.floor, config.draws, config.tolerance)
-    examples = read(config.data, split=config.split, limit=config.limit)
+    sequences = recorded(config.data)
+    examples = [] if sequences else read(config.data, split=config.split, limit=config.limit)
     teacher = load(config.teacher, dtype=config.dtype)
-    sequences = encode(examples, teacher.tokenizer, max_length=config.max_length)
+    sequences = sequences or encode(examples, teacher.tokenizer, max_length=config.max_length)
     plan = Plan(wanted, config.kind, config.batch_tokens, config.sample)
     cache = capture(teacher, sequences, config.output, name=config.teacher, max_length=config.max_length, plan=plan)
     told = cache.summary()

@@ -239,7 +239,7 @@ def main(config: Config) -> Table | None:
     run = _start(config, student, teacher)
     with run.accelerator.main_process_first():
         lessons = prepare(config.text, teacher, seed=config.training.seed, path=folder / "lessons.jsonl")
-    teach(run, student, _listen(config, run, teacher, student), lessons, config)
+    teach(run, student, _listen(config, run, teacher, student, lessons), lessons, config)
     taught = {TAUGHT: _whole(run, student, config)}
     if config.labels_arm:
         taught[LABELS_ONLY] = _taught_by_labels(config, teacher, lessons)
@@ -263,12 +263,20 @@ def _start(config: Config, student: LanguageModel, teacher: LanguageModel) -> Ru
     )
 
 
-def _listen(config: Config, run: Run, teacher: LanguageModel, student: LanguageModel) -> Teacher | None:
+def _listen(
+    config: Config, run: Run, teacher: LanguageModel, student: LanguageModel, lessons: Lessons
+) -> Teacher | None:
     """Who answers: nobody, a cache, the student's own base, or the teacher itself."""
     if config.objective.weight == 0:
         return None
     if config.cache:
-        return CachedTeacher(Cache.open(Path(config.cache), tokenizer=teacher.tokenizer))
+        cache = Cache.open(Path(config.cache), tokenizer=teacher.tokenizer)
+        if missing := cache.missing([*lessons.train, *lessons.exam]):
+            raise UserError(
+                f"{missing} of the lessons are not in the cache {config.cache}: capture them with "
+                f"`preceptor cache --data {Path(config.output) / 'lessons.jsonl'} --output {config.cache}`."
+            )
+        return CachedTeacher(cache)
     if student.adapted and "base=" not in config.student:
         return AdapterOff(student)
     said = FrozenTeacher(teacher)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from preceptor import cli
 from preceptor.data import Sequence, collate
 from preceptor.errors import UserError
 from preceptor.knowledge import HiddenTargets
@@ -75,7 +76,7 @@ def test_the_objective_is_the_mean_over_response_tokens(tokenizer):
     student, teacher = small(tokenizer, 1), small(tokenizer, 2)
     batch = collate(sequences(5), pad_id=2)
     loss = student(batch, Objective().against(FrozenTeacher(teacher)(batch), batch))
-    assert float(loss.sum) == pytest.approx(dense(student, teacher, batch), rel=1e-4)
+    assert float(loss.sum.detach()) == pytest.approx(dense(student, teacher, batch), rel=1e-4)
     assert int(loss.count) == int(batch.response[:, 1:].sum())
 
 
@@ -159,6 +160,36 @@ def test_settings_that_contradict_each_other_are_refused():
         Config(cache="somewhere", own=OwnSamples(share=0.5))
     with pytest.raises(UserError, match=r"training\.evaluate_every"):
         Config(own=OwnSamples(adaptive=True))
+
+
+def test_a_cache_of_the_lessons_teaches_as_the_teacher_does(tmp_path, tokenizer, capsys):
+    """What is missing is said with the command that captures it; after that command the run goes through."""
+    small(tokenizer, 2).save(tmp_path / "teacher")
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"Say {n}.", "completion": f"{n}!"}) + "\n" for n in range(40)))
+    config = Config(
+        teacher=str(tmp_path / "teacher"),
+        student="teacher:layers=1",
+        teacher_dtype="float32",
+        text=Text(source=str(data), held_out=4),
+        output=str(tmp_path / "online"),
+        training=TRAINING,
+    )
+    main(config)
+    folder = str(tmp_path / "cache")
+    words = ["cache", "--data", str(data), "--output", folder, "--teacher", config.teacher, "--sample", "64"]
+    assert cli.main([*words, "--limit", "30", "--tolerance", "1e-7"]) == 0
+    cached = replace(config, output=str(tmp_path / "cached"), cache=folder)
+    with pytest.raises(UserError, match="of the lessons are not in the cache.*preceptor cache --data") as missing:
+        main(cached)
+    command = str(missing.value).split("`")[1].split()[1:]
+    assert cli.main([*command, "--teacher", config.teacher]) == 0
+    main(replace(cached, resume=True))
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("online", "cached")
+    ]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-3)
 
 
 def test_a_lora_student_is_taught_by_its_own_base(tmp_path, tokenizer):
