@@ -13,6 +13,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 RECIPES = sorted((PACKAGE / "recipes").glob("[!_]*.py"))
 FORBIDDEN = {"utils", "helpers", "common", "misc", "base", "core", "manager", "_lib"}
 LONGEST_FILE = 400
+LONGEST_RECIPE = 500  # the method, its settings and its reproduction stand in one file, so that it can be read as one
 LONGEST_FUNCTION = 80
 DEEPEST = 4
 
@@ -90,7 +91,7 @@ def test_a_recipe_has_the_form(recipe: Path) -> None:
 def test_files_and_functions_are_short(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert path.stem not in FORBIDDEN
-    assert len(text.splitlines()) <= LONGEST_FILE
+    assert len(text.splitlines()) <= (LONGEST_RECIPE if path in RECIPES else LONGEST_FILE)
     tree = ast.parse(text)
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     long = {
