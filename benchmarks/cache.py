@@ -95,7 +95,8 @@ def run(options: argparse.Namespace, work: Path) -> None:
         if options.distillkit and (options.distillkit / "distillkit/compression").is_dir():
             sys.path.insert(0, str(options.distillkit))
             chosen = {
-                f"best at {size}": best_settings(size, sample, head) for size in SIZES[: 1 if options.quick else None]
+                f"best at {size}": best_settings(size, sample, head, work)
+                for size in SIZES[: 1 if options.quick else None]
             }
             for name, settings in {**RECOMMENDED, **chosen}.items():
                 contestants[f"distillkit/{name}"] = theirs(settings, sample, head)
@@ -201,8 +202,12 @@ def ours(kind: Any, budget: float, sample: Tensor, head: Head, work: Path, extra
 Settings = tuple[int, int, tuple[int | str, ...], bool]
 
 
-def best_settings(size: int, sample: Tensor, head: Head) -> Settings:
+def best_settings(size: int, sample: Tensor, head: Head, work: Path) -> Settings:
     """DistillKit's settings of at most ``size`` bytes a token that are nearest on rows of the sample."""
+    kept = work / f"distillkit-{size}.json"
+    if kept.exists():
+        k, exact, terms, normalised = json.loads(kept.read_text())
+        return k, exact, tuple(terms), normalised
     index = math.ceil(math.log2(head.weight.shape[0])) / 8
     tried: list[Settings] = [(int(size / (index + 2)), int(size / (index + 2)), (), False)]
     for exact in (1, 8, 16, 32, 64):
@@ -214,6 +219,7 @@ def best_settings(size: int, sample: Tensor, head: Head) -> Settings:
     teacher = LogProbs.of(rows, head)
     found = {one: float(theirs(one, sample, head)(rows, teacher)[1].mean()) for one in tried}
     best = min(found, key=lambda one: found[one] if math.isfinite(found[one]) else math.inf)
+    kept.write_text(json.dumps(best), encoding="utf-8")
     print(f"DistillKit at {size} bytes: k, exact, terms, normalised = {best}", file=sys.stderr, flush=True)
     return best
 
@@ -235,7 +241,7 @@ def theirs(settings: Settings, sample: Tensor, head: Head) -> Contestant:
     totals = [0.0, 0.0]
 
     def one(rows: Tensor, teacher: LogProbs) -> tuple[float, Tensor]:
-        kept = compressor.compress(teacher.logits.log_softmax(-1))
+        kept = compressor.compress(teacher.logits - teacher.log_normaliser[:, None])
         ids, log_p = compressor.decompress_to_sparse(kept)
         mass = log_p.float().exp().sum(-1, keepdim=True)
         targets = TopKTargets(ids, log_p.float() - torch.log(mass / (1 - 1e-6)).clamp_min(0))

@@ -165,7 +165,7 @@ def test_levels_round_within_their_width() -> None:
 def test_topk_keeps_the_smallest_set_and_exact_masses() -> None:
     torch.manual_seed(0)
     log_p = (torch.randn(200, VOCABULARY) * 3).log_softmax(-1)
-    rows = topk_rows(log_p, k=50, mass=0.9, floor=0.0)
+    rows = topk_rows(LogProbs.from_logits(log_p), k=50, mass=0.9, floor=0.0)
     ordered = log_p.exp().sort(descending=True).values.cumsum(-1)
     least = (ordered < 0.9).sum(-1) + 1
     assert (torch.from_numpy(rows.counts) == least.clamp_max(50)).all()
@@ -176,14 +176,17 @@ def test_topk_keeps_the_smallest_set_and_exact_masses() -> None:
     tail = log_p_of(torch.from_numpy(rows.extra)).exp()
     assert torch.allclose(listed + tail, torch.ones(200), atol=1e-6)
     assert ((1 - truth).log() - tail.log()).abs().max() < 0.3
-    assert (topk_rows(log_p, k=50, mass=1.0, floor=0.01).counts == (log_p.exp() >= 0.01).sum(-1).numpy()).all()
+    assert (
+        topk_rows(LogProbs.from_logits(log_p), k=50, mass=1.0, floor=0.01).counts
+        == (log_p.exp() >= 0.01).sum(-1).numpy()
+    ).all()
 
 
 def test_kl_to_topk_is_that_of_the_dense_distribution() -> None:
     torch.manual_seed(1)
     hidden, head = torch.randn(40, 16), Head(torch.randn(VOCABULARY, 16))
     teacher = LogProbs.of(hidden, head)
-    targets = topk_targets(topk_rows(teacher.logits.log_softmax(-1), k=12, mass=1.0, floor=1e-4))
+    targets = topk_targets(topk_rows(teacher, k=12, mass=1.0, floor=1e-4))
     dense = torch.zeros(40, VOCABULARY, dtype=torch.float64)
     for row in range(40):
         used = targets.log_probs[row] > -torch.inf

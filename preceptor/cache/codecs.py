@@ -85,7 +85,7 @@ def decode(codec: Codec, words: NDArray[np.uint16], lengths: Ints, head: Head | 
 def sparse_rows(codec: TopKCodec | SampledCodec, teacher: LogProbs, offsets: Tensor) -> SparseRows:
     """What a sparse codec keeps of a chunk of the teacher's distributions."""
     if isinstance(codec, TopKCodec):
-        return topk_rows(teacher.logits.log_softmax(-1), k=codec.k, mass=codec.mass, floor=codec.floor)
+        return topk_rows(teacher, k=codec.k, mass=codec.mass, floor=codec.floor)
     return sampled_rows(teacher.probabilities, codec.draws, offsets)
 
 

@@ -22,26 +22,37 @@ def chunks(rows: int, head: Head) -> Iterator[slice]:
 
 @dataclass(frozen=True)
 class LogProbs:
-    """A teacher's distributions for a chunk of rows: ``logits`` and ``probabilities``, both (N, V) float32."""
+    """A teacher's distributions for a chunk of rows: ``logits`` and ``probabilities``, both (N, V) float32.
+
+    ``log_normaliser``: (N,), the logarithm of the sum of exp(logits). ``negative_entropy``: (N,), E[log p].
+    """
 
     logits: Tensor
     probabilities: Tensor
+    log_normaliser: Tensor
+    negative_entropy: Tensor
 
     @staticmethod
     def of(hidden: Tensor, head: Head) -> LogProbs:
         """The distributions of hidden states (N, D)."""
-        logits = project(hidden, head).float()
-        return LogProbs(logits, logits.softmax(-1))
+        return LogProbs.from_logits(project(hidden, head).float())
+
+    @staticmethod
+    def from_logits(logits: Tensor) -> LogProbs:
+        """The distributions of logits (N, V)."""
+        log_normaliser = logits.logsumexp(-1)
+        p = torch.exp(logits - log_normaliser[:, None])
+        return LogProbs(logits, p, log_normaliser, torch.linalg.vecdot(p, logits) - log_normaliser)
 
     def likeliest(self, count: int) -> tuple[LogProbs, Tensor]:
         """These distributions over the ``count`` tokens that are likeliest on average, and the ids of these."""
         ids = self.probabilities.sum(0).topk(min(count, self.logits.shape[-1])).indices
-        p = self.probabilities[:, ids]
-        return LogProbs(self.logits[:, ids], p / p.sum(-1, keepdim=True)), ids
+        return LogProbs.from_logits(self.logits[:, ids]), ids
 
     def of_rows(self, piece: slice) -> LogProbs:
         """Those of some rows."""
-        return LogProbs(self.logits[piece], self.probabilities[piece])
+        parts = (self.logits, self.probabilities, self.log_normaliser, self.negative_entropy)
+        return LogProbs(*(part[piece] for part in parts))
 
 
 def kl_to_hidden(teacher: LogProbs, rows: Tensor, decoded: Tensor, head: Head) -> Tensor:

@@ -79,9 +79,10 @@ class SampledCodec:
         return sampled_targets(self.sparse.decode(words, lengths), self.draws)
 
 
-def topk_rows(log_p: Tensor, *, k: int, mass: float, floor: float) -> SparseRows:
-    """The rows to store of log-probabilities (N, V)."""
-    values, ids = log_p.topk(min(k, log_p.shape[-1]), dim=-1)
+def topk_rows(teacher: LogProbs, *, k: int, mass: float, floor: float) -> SparseRows:
+    """The rows to store of a teacher's distributions."""
+    values, ids = teacher.logits.topk(min(k, teacher.logits.shape[-1]), dim=-1)
+    values = values - teacher.log_normaliser[:, None]
     p = values.exp()
     before = p.cumsum(-1) - p
     keep = (before < mass) & (p >= floor)
@@ -137,14 +138,12 @@ def kl_to_topk(teacher: LogProbs, targets: TopKTargets) -> Tensor:
     """KL(teacher ‖ decoded) of each row (N,), the tail's mass spread evenly over the tokens not listed."""
     vocabulary, device = teacher.logits.shape[-1], teacher.logits.device
     targets = TopKTargets(targets.ids.to(device), targets.log_probs.to(device))
-    log_p = teacher.logits.log_softmax(-1)
     used = targets.log_probs > -torch.inf
     p_listed = teacher.probabilities.gather(-1, targets.ids) * used
     log_tail = torch.log1p(-targets.log_probs.exp().sum(-1).clamp_max(1 - 1e-7))
     each = log_tail - torch.log((vocabulary - used.sum(-1)).clamp_min(1))
     cross = (p_listed * targets.log_probs.masked_fill(~used, 0)).sum(-1) + (1 - p_listed.sum(-1)).clamp_min(0) * each
-    divergence: Tensor = torch.linalg.vecdot(teacher.probabilities, log_p) - cross
-    return divergence.clamp_min(0)
+    return (teacher.negative_entropy - cross).clamp_min(0)
 
 
 def kl_to_sampled(teacher: LogProbs, targets: SampledTargets, draws: int) -> Tensor:
