@@ -84,21 +84,28 @@ static inline float fast_tanh(float x) {
 static float read_row(const void *from, int type, int64_t n, float scale, float cap, float temperature, float *u) {
     const float *wide = from, by = cap == 0.0f ? scale / temperature : scale / cap;
     const uint16_t *narrow = from;
-    if (type == FLOAT32) {
-#pragma omp simd
-        for (int64_t i = 0; i < n; i++) u[i] = wide[i] * by;
-    } else {
-#pragma omp simd
-        for (int64_t i = 0; i < n; i++) u[i] = as_float((uint32_t)narrow[i] << 16) * by;
-    }
-    if (cap != 0.0f) {
-        float out = cap / temperature;
-#pragma omp simd
-        for (int64_t i = 0; i < n; i++) u[i] = out * fast_tanh(u[i]);
-    }
     float top = -INFINITY;
+    if (type == FLOAT32) {
 #pragma omp simd reduction(max : top)
-    for (int64_t i = 0; i < n; i++) top = u[i] > top ? u[i] : top;
+        for (int64_t i = 0; i < n; i++) {
+            u[i] = wide[i] * by;
+            top = u[i] > top ? u[i] : top;
+        }
+    } else {
+#pragma omp simd reduction(max : top)
+        for (int64_t i = 0; i < n; i++) {
+            u[i] = as_float((uint32_t)narrow[i] << 16) * by;
+            top = u[i] > top ? u[i] : top;
+        }
+    }
+    if (cap == 0.0f) return top;
+    const float out = cap / temperature;
+    top = -INFINITY;
+#pragma omp simd reduction(max : top)
+    for (int64_t i = 0; i < n; i++) {
+        u[i] = out * fast_tanh(u[i]);
+        top = u[i] > top ? u[i] : top;
+    }
     return top;
 }
 
