@@ -187,12 +187,15 @@ def with_tail(log_probs: Tensor, vocabulary: int, temperature: float) -> Tensor:
     rounding of the kept values leaves no mass for tokens that are there, the tail gets one rounding error of it; then
     all is normalised.
     """
-    others = (vocabulary - (log_probs > -math.inf).sum(-1)).to(log_probs.dtype)
-    mass = (1 - log_probs.exp().sum(-1)).clamp_min(torch.finfo(log_probs.dtype).eps)
+    # 1 - sum loses digits where the tail is faint: in float64, which k numbers a row can afford.
+    wide = torch.float32 if log_probs.device.type == "mps" else torch.float64
+    kept = log_probs.to(wide)
+    others = (vocabulary - (kept > -math.inf).sum(-1)).to(wide)
+    mass = (1 - kept.exp().sum(-1)).clamp_min(torch.finfo(log_probs.dtype).eps)
     tail = mass.log().masked_fill(others <= 0, -math.inf)
     spread = others.clamp_min(1).log()
-    heated = torch.cat((log_probs / temperature, (spread + (tail - spread) / temperature).unsqueeze(-1)), -1)
-    return torch.log_softmax(heated, -1)
+    heated = torch.cat((kept / temperature, (spread + (tail - spread) / temperature).unsqueeze(-1)), -1)
+    return torch.log_softmax(heated, -1).to(log_probs.dtype)
 
 
 def _used(ids: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
