@@ -186,6 +186,12 @@ def test_value_and_gradients_equal_the_dense_formula(kind, name, path, everythin
     check(hidden, head, teacher, EXACT[path], compiled=path == "compiled", **options)
 
 
+@pytest.mark.parametrize(("kind", "name"), GRID[:5])
+def test_labels_add_to_it_at_temperature_one(kind, name):
+    hidden, head, teacher, options = cases(kind, name, everything=False)
+    check(hidden, head, teacher, 1e-5, **options, labels=torch.arange(ROWS), label_weight=0.5)
+
+
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize(("kind", "name"), GRID)
 def test_bfloat16_stays_within_its_stated_distance(kind, name, compiled):
