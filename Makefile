@@ -37,7 +37,7 @@ $(SETUP): pyproject.toml constraints.txt
 demo: $(SETUP)  ## a real language model teaches a smaller one; ends with a table and a page
 	@folder=$(DEMO_FOLDER); number=1; \
 	while [ -e "$$folder/report.html" ]; do number=$$((number + 1)); folder=$(DEMO_FOLDER)-$$number; done; \
-	resume=; if [ -d "$$folder/checkpoints" ]; then resume=--resume; fi; \
+	resume=; if [ -e "$$folder/config.json" ]; then resume=--resume; fi; \
 	HF_HUB_OFFLINE=1 $(BIN)/preceptor run $(DEMO_RECIPE) $(DEMO_FLAGS) --output "$$folder" $$resume && \
 	test -s "$$folder/report.html" && echo "The page: $$folder/report.html"
 

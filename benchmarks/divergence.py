@@ -6,7 +6,7 @@ few rows; the arms take turns. CPU seconds are medians; memory is the peak of th
 the gradients that every arm has to return (of the hidden states and of the head). ``floor`` is the bare products over
 the same chunks of rows: student forward, teacher forward, two backward.
 
-    python benchmarks/divergence.py [--quick] [--rounds 3] [--save] [--skip trl_dense ...]
+    python benchmarks/divergence.py [--quick] [--rounds 3] [--peer-rounds 3] [--save] [--skip trl_dense ...]
 
 At the largest size the peers run once. Without trl its arms are left out, and the dense one where the machine has not
 twice the memory that it needs.
@@ -40,7 +40,8 @@ DENSE_COPIES = 16  # float32 matrices of rows x vocabulary that trl's dense path
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one small size: under a minute")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="of ours and of the floor")
+    parser.add_argument("--peer-rounds", type=int, default=3, help="of the others; one at the largest size")
     parser.add_argument("--save", action="store_true", help="write benchmarks/divergence.json and .md")
     parser.add_argument("--skip", nargs="*", default=[], help="arms to leave out")
     parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
@@ -61,7 +62,8 @@ def main() -> None:
                 arms.remove("trl_dense")
             arms += VARIANTS if rows in (1024, 256) and dtype == "float32" else []
             rounds = 1 if options.quick else options.rounds
-            figures = _rounds(arms, dtype, (rows, vocabulary, width), rounds)
+            peer_rounds = 1 if rows == LARGE else min(rounds, options.peer_rounds)
+            figures = _rounds(arms, dtype, (rows, vocabulary, width), rounds, peer_rounds)
             found[f"{rows} x {vocabulary}, {dtype}"] = _ratios(figures)
             print(_table(f"{rows} x {vocabulary}, hidden {width}, {dtype}", figures), flush=True)
     if options.save:
@@ -69,11 +71,13 @@ def main() -> None:
     print(json.dumps({name: row["ratios"] for name, row in found.items()}))
 
 
-def _rounds(arms: list[str], dtype: str, size: tuple[int, int, int], rounds: int) -> dict[str, list[dict[str, float]]]:
+def _rounds(
+    arms: list[str], dtype: str, size: tuple[int, int, int], rounds: int, peer_rounds: int
+) -> dict[str, list[dict[str, float]]]:
     figures: dict[str, list[dict[str, float]]] = {arm: [] for arm in arms}
     for turn in range(rounds):
         for arm in arms:
-            if turn and size[0] == LARGE and arm not in ("ours", "floor"):
+            if turn >= peer_rounds and arm not in ("ours", "floor"):
                 continue
             words = [sys.executable, __file__, "--child", arm, dtype, *map(str, size)]
             done = subprocess.run(words, capture_output=True, text=True, check=False)

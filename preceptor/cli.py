@@ -9,8 +9,10 @@ import errno
 import json
 import os
 import sys
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from importlib import import_module
+from io import StringIO
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -145,9 +147,18 @@ def _parse(kind: type, words: list[str], program: str, description: str | None, 
     import tyro
 
     told = (description or "").strip().partition("\n")[0]
-    if default is None:
-        return tyro.cli(kind, args=words, prog=program, description=told)
-    return tyro.cli(kind, args=words, prog=program, description=told, default=default)
+    start = tyro.MISSING_NONPROP if default is None else default
+    complaint = StringIO()
+    try:
+        with redirect_stderr(complaint):
+            return tyro.cli(kind, args=words, prog=program, description=told, default=start)
+    except SystemExit as stop:
+        # A setting that its dataclass refuses is said in our one sentence, not in tyro's frame around it.
+        cause = stop.__context__.__context__ if stop.__context__ else None
+        if isinstance(cause, UserError):
+            raise cause from None
+        sys.stderr.write(complaint.getvalue())
+        raise
 
 
 def _name(words: list[str], command: str) -> str:

@@ -89,7 +89,11 @@ def test_help_names_every_command() -> None:
         assert command in told.stdout
 
 
-def test_list_shows_every_method_without_importing_one(capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_shows_every_method_without_importing_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for method in find_methods():
+        monkeypatch.delitem(sys.modules, f"preceptor.recipes.{method.name}", raising=False)
     assert cli.main(["list"]) == 0
     shown = capsys.readouterr().out
     assert find_methods()

@@ -31,7 +31,7 @@ from preceptor.losses import Loss
 from preceptor.losses.fused import FusedDivergence, Plan
 from preceptor.losses.rows import IGNORED, STATS, Kind, Objective
 
-CHUNK_BYTES = 96 * 2**20
+CHUNK_BYTES = 80 * 2**20
 
 
 def divergence(
