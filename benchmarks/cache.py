@@ -360,7 +360,7 @@ def show(points: dict[str, dict[str, float]]) -> None:
     print("| kind | asked | bytes a token | KL(teacher ‖ decoded), nat |\n| --- | --- | --- | --- |")
     for name, one in points.items():
         kind, _, asked = name.partition("/")
-        print(f"| {kind} | {asked} | {one['bytes']:.1f} | {one['kl']:.5f} ± {one['error']:.5f} |")
+        print(f"| {kind} | {asked} | {one['bytes']:.1f} | {one['kl']:.3g} ± {one['error']:.1g} |")
 
 
 def draw(points: dict[str, dict[str, float]], tokens: int, path: Path) -> None:
