@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from rich.console import Console
+from rich.progress import track
 
 from preceptor.data import Example, Message, Sequence, encode, encode_prompt, make_prompts, read
 from preceptor.errors import UserError
@@ -21,6 +23,7 @@ from preceptor.folder import write_whole
 from preceptor.models import LanguageModel
 
 EMBEDDED = "prompts"
+TOGETHER = 64  # answers that are written at a time
 SHOWN = 6  # conversations of the exam whose answers a report shows
 
 
@@ -132,7 +135,22 @@ def _answered(examples: list[Example], teacher: LanguageModel, text: Text) -> li
     prompts = [prompt for prompt in prompts if len(prompt) < text.max_length]
     if missing and not prompts:
         raise UserError(f"Every prompt has {text.max_length} tokens or more: raise text.max_length.")
-    return sequences + write_answers(teacher, prompts, text.answer_length, max_length=text.max_length)
+    return sequences + _written(teacher, prompts, text)
+
+
+def _written(teacher: LanguageModel, prompts: list[tuple[int, ...]], text: Text) -> list[Sequence]:
+    """The teacher's answers, in the order of the prompts; written longest prompt first, with progress on stderr."""
+    order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
+    parts = [order[start : start + TOGETHER] for start in range(0, len(order), TOGETHER)]
+    console, told = Console(stderr=True), f"The teacher writes {len(prompts)} answers"
+    if prompts and not console.is_terminal:
+        console.print(f"{told} ...")
+    written: dict[int, Sequence] = {}
+    for places in track(parts, told, console=console, disable=not console.is_terminal):
+        asked = [prompts[place] for place in places]
+        answers = write_answers(teacher, asked, text.answer_length, max_length=text.max_length)
+        written |= zip(places, answers, strict=True)
+    return [written[place] for place in range(len(prompts))]
 
 
 def _without_answer(example: Example) -> Example:
@@ -146,7 +164,7 @@ def write_answers(
     """Sequences of prompts, each with an answer drawn from ``model`` (at most ``length`` tokens, end of turn kept)."""
     if not prompts:
         return []
-    answers = model.generate(prompts, max_new_tokens=length, temperature=temperature, batch_size=64)
+    answers = model.generate(prompts, max_new_tokens=length, temperature=temperature, batch_size=TOGETHER)
     pairs = [(prompt, answer[: max_length - len(prompt)]) for prompt, answer in zip(prompts, answers)]
     return [Sequence(p + a, (False,) * len(p) + (True,) * len(a)) for p, a in pairs if a]
 
