@@ -6,6 +6,7 @@ are multiplied by ``processes / terms counted everywhere``, once, together with 
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import importlib.util
 import sys
@@ -156,7 +157,17 @@ def start(precision: str, trackers: tuple[str, ...], folder: Path) -> Accelerato
     log_with: Any = list(trackers) or None
     # Without this, processes launched on a machine that has no accelerator would not find one another.
     alone = not torch.accelerator.is_available()
-    return Accelerator(mixed_precision=mixed, log_with=log_with, project_dir=str(folder), cpu=alone)
+    accelerator = Accelerator(mixed_precision=mixed, log_with=log_with, project_dir=str(folder), cpu=alone)
+    if accelerator.num_processes > 1:
+        # A process that ends while the group's threads still run is aborted now and then.
+        atexit.unregister(_leave)
+        atexit.register(_leave)
+    return accelerator
+
+
+def _leave() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def prepare(name: str, module: nn.Module, training: Training, accelerator: Accelerator, *, shard: bool) -> Learner:

@@ -299,8 +299,9 @@ class Run:
         self._bar.close()
         if self._metrics is not None:
             self._metrics.close()
-        if self.training.trackers:
-            self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            # Not end_training, which would take the processes apart: a recipe may have a second run.
+            tracker.finish()
         self.accelerator.wait_for_everyone()
 
     def _guard(self, learner: distribution.Learner, measured: dict[str, float], step: int) -> None:
