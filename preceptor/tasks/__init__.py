@@ -1,7 +1,7 @@
 """Tasks: what a student is examined in, and the records that pass between student, teacher and environment.
 
-A task makes items over named skills, each with subskills, scores answers exactly, and writes the right answer to an item
-as training data (the symbolic teacher). The tasks are ``arithmetic.Arithmetic``, ``programs.Programs`` and
+A task makes items over named skills, each with subskills, scores answers exactly, and writes the right answer to an
+item as training data (the symbolic teacher). The tasks are ``arithmetic.Arithmetic``, ``programs.Programs`` and
 ``figures.Figures``; each is its own module, imported when it is used.
 
 Source of the vocabulary: DataEnvGym (Khan et al., ICLR 2025, arXiv 2410.06215).
@@ -129,9 +129,7 @@ class Task(Protocol):
     def skills(self) -> Mapping[str, tuple[str, ...]]:
         """The skills, each with its subskills; empty where the data name none."""
 
-    def items(
-        self, count: int, *, seed: int, skill: str | None = None, subskill: str | None = None
-    ) -> list[Item]:
+    def items(self, count: int, *, seed: int, skill: str | None = None, subskill: str | None = None) -> list[Item]:
         """Exactly ``count`` items, evenly over the (sub)skills asked for; the same seed gives the same items.
 
         The items of one call differ from one another as long as the subskill holds as many.
