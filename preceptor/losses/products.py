@@ -34,9 +34,13 @@ def _onednn() -> bool:
         return False
 
 
+def _by_onednn(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.float32 and bool(x.numel()) and _onednn()
+
+
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight.T``."""
-    if x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() and _onednn():
+    if _by_onednn(x):
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
         return product
     return x @ weight.t()
@@ -44,8 +48,11 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def logits_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """``out = x @ weight.T + bias``; ``out`` (rows, vocabulary) and ``x`` (rows, width) share a dtype."""
-    for block in _blocks(weight):
-        out[:, block] = _linear(x, weight[block].to(x.dtype))
+    if x.dtype == weight.dtype and not _by_onednn(x):
+        torch.mm(x, weight.t(), out=out)
+    else:
+        for block in _blocks(weight):
+            out[:, block] = _linear(x, weight[block].to(x.dtype))
     if bias is not None:
         out += bias.to(out.dtype)
 
