@@ -26,7 +26,8 @@ class Item:
     """One question. ``truth``: the right answer, in the form that the task's scorer reads.
 
     ``image``: uint8 (H, W, 3) or None. ``starter``: code that a program begins with. ``tests``: one call a line
-    (``f(2, 3) == 5``); empty outside of programming.
+    (``f(2, 3) == 5``); empty outside of programming. ``work``: the working that leads to the truth, which only a
+    teacher sees.
     """
 
     id: str
@@ -38,6 +39,7 @@ class Item:
     image: Any | None = field(default=None, compare=False, repr=False)
     starter: str = ""
     tests: str = ""
+    work: str = ""
 
 
 @dataclass(frozen=True)
