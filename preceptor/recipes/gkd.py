@@ -26,6 +26,8 @@ Decided here, where the sources differ or are silent:
 * A student ``lora:...`` without a base of its own learns on top of the teacher, which then is the student itself with
   its adapter off.
 
+The loop is ``teach``; the file is long because it also holds the evaluation beside the teacher and the reproduction.
+
 Reproduction: holds over 3 seeds, control included
 
 Command: ``preceptor run gkd --teacher smollm2 --student teacher:layers=10``
@@ -44,6 +46,7 @@ import torch
 from torch import Tensor
 
 from preceptor.cache import Cache
+from preceptor.cache.header import Header
 from preceptor.data import Batch, Sequence, collate
 from preceptor.errors import UserError
 from preceptor.evaluation import (
@@ -233,6 +236,11 @@ def main(config: Config) -> Table | None:
     """
     folder = Path(config.output)
     check_folder(folder, config, resume=config.resume)
+    if config.cache and (other := Header.read(Path(config.cache)).teacher) != config.teacher:
+        raise UserError(
+            f"The cache {config.cache} is of the teacher {other}, not of {config.teacher}: name that one, or capture "
+            "a cache of this one."
+        )
     teacher = load(config.teacher, dtype=config.teacher_dtype)
     student = make_student(config.student, teacher, seed=config.training.seed)
     same_tokenizer(teacher, student)
@@ -276,7 +284,7 @@ def _listen(
                 f"{missing} of the lessons are not in the cache {config.cache}: capture them with "
                 f"`preceptor cache --data {Path(config.output) / 'lessons.jsonl'} --output {config.cache}`."
             )
-        return CachedTeacher(cache)
+        return CachedTeacher(cache.to(run.device))
     if student.adapted and "base=" not in config.student:
         return AdapterOff(student)
     said = FrozenTeacher(teacher)

@@ -29,6 +29,8 @@ Decided here, where the sources differ or are silent:
   it, or read its hidden state below the last layer.
 * With ``assistant``, a teacher assistant is taught first and teaches the student (for students of at most half the
   teacher's layers and half its width).
+
+The losses are in ``losses.relations``, the loop is ``learn``; the file is long because its reproduction has nine arms.
 """
 
 from __future__ import annotations

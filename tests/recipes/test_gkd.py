@@ -180,6 +180,8 @@ def test_a_cache_of_the_lessons_teaches_as_the_teacher_does(tmp_path, tokenizer,
     words = ["cache", "--data", str(data), "--output", folder, "--teacher", config.teacher, "--sample", "64"]
     assert cli.main([*words, "--limit", "30", "--tolerance", "1e-7"]) == 0
     cached = replace(config, output=str(tmp_path / "cached"), cache=folder)
+    with pytest.raises(UserError, match="is of the teacher .*teacher, not of smollm2: name that one"):
+        main(replace(cached, teacher="smollm2"))
     with pytest.raises(UserError, match="of the lessons are not in the cache.*preceptor cache --data") as missing:
         main(cached)
     command = str(missing.value).split("`")[1].split()[1:]
