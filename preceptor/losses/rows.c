@@ -144,7 +144,9 @@ static inline __attribute__((always_inline)) void compare(int kind, float mix, f
                                                           double cs, const float *ut, double ct, float *qs, float *as,
                                                           double *sums) {
     const float share = kind == SKEW_REVERSE_KL ? 1.0f - mix : mix, keep = 1.0f - mix;
+    /* A normaliser in two parts: one float would lose what logits of thousands leave of a probability. */
     const float student = (float)cs, teacher = (float)ct, apart = (float)(ct - cs);
+    const float student_rest = (float)(cs - student), teacher_rest = (float)(ct - teacher);
     sums[0] = sums[1] = sums[2] = sums[3] = 0.0;
     for (int64_t start = 0; start < n; start += BLOCK) {
         int64_t end = start + BLOCK < n ? start + BLOCK : n;
@@ -153,7 +155,7 @@ static inline __attribute__((always_inline)) void compare(int kind, float mix, f
         for (int64_t i = start; i < end; i++) {
             float d = (ut[i] - us[i]) - apart;
             d = us[i] == -INFINITY && ut[i] == -INFINITY ? 0.0f : d;
-            float high = fast_exp(d > 0.0f ? ut[i] - teacher : us[i] - student);
+            float high = fast_exp(d > 0.0f ? (ut[i] - teacher) - teacher_rest : (us[i] - student) - student_rest);
             float e = fast_exp(d > 0.0f ? -d : d), low = high * e;
             float q = d > 0.0f ? low : high, p = d > 0.0f ? high : low, value = 0.0f, slope = 0.0f;
             if (kind == FORWARD_KL) {
@@ -217,20 +219,21 @@ static void compare_kind(const Job *job, int64_t n, const float *us, double cs, 
 
 /* exp(u - c) into q. */
 static void probabilities(const float *u, int64_t n, double c, float *q) {
-    float by = (float)c;
+    const float by = (float)c, rest = (float)(c - by);
 #pragma omp simd
-    for (int64_t i = 0; i < n; i++) q[i] = fast_exp(u[i] - by);
+    for (int64_t i = 0; i < n; i++) q[i] = fast_exp((u[i] - by) - rest);
 }
 
 /* out = (a + gain_q * q + gain_one * softmax at temperature 1) * curve of the softcap * scale. */
 static void write_row(const Job *job, int64_t n, const Scratch *x, float gain_q, float gain_one, double log_one,
                       void *out) {
     const float heat = job->temperature, scale = job->student_scale, by = (float)log_one;
+    const float rest = (float)(log_one - by);
     float *a = x->a;
     const float *q = x->q, *u = x->u;
     if (gain_one != 0.0f) {
 #pragma omp simd
-        for (int64_t i = 0; i < n; i++) a[i] += gain_one * fast_exp(u[i] * heat - by);
+        for (int64_t i = 0; i < n; i++) a[i] += gain_one * fast_exp((u[i] * heat - by) - rest);
     }
     if (job->student_cap != 0.0f) {
         const float in = heat / job->student_cap;
