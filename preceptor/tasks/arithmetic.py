@@ -1,7 +1,7 @@
 """The math task: generated problems over named skills, with exact answers.
 
 Every problem exists in two forms. ``compact`` (``37+58=`` answered by ``95``) is short enough for a character model of
-two layers that learns from nothing; ``worded`` is for language models, and is answered by a worked line and ``#### 95``.
+two layers that learns from nothing; ``worded`` is for language models: a worked line, then ``#### 95``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from preceptor.tasks import Datum, Item, same_length
 from preceptor.tasks.answers import same, written
 from preceptor.tasks.sampling import draw_items, select
 
-FORMAT = "Write one line of working, then a last line that holds #### and the number."
+FORMAT = "Show the working, then end with a line that holds #### and the number."
 
 
 @dataclass(frozen=True)

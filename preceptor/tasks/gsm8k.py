@@ -1,6 +1,6 @@
-"""The math task on written problems: files of GSM8K's form (Cobbe et al., 2021, arXiv 2110.14168).
+r"""The math task on written problems: files of GSM8K's form (Cobbe et al., 2021, arXiv 2110.14168).
 
-A line is ``{"question": ..., "answer": "working\\n#### 72"}``. The data name no skills: every item's skill is ``SKILL``
+A line is ``{"question": ..., "answer": "working\n#### 72"}``. The data name no skills: every item's skill is ``SKILL``
 until skills are discovered.
 """
 
