@@ -1,8 +1,8 @@
 """Readers for the shapes in which text data comes: JSON Lines, JSON, Parquet, folders of these, and the hub.
 
 The shape of a record is told by its columns: ``messages`` · ``conversations`` (ShareGPT) · ``prompt`` with
-``completion`` (or ``response``) · ``prompt`` alone · ``chosen`` and ``rejected`` · ``instruction``, ``input``,
-``output`` (Alpaca) · ``question`` and ``answer`` · ``text``.
+``completion`` (or ``response``) · ``prompt`` alone · ``chosen`` and ``rejected`` · ``instruction`` with ``input`` and
+``output`` (Alpaca) or ``context`` and ``response`` (Dolly) · ``question`` and ``answer`` · ``text``.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def _by_columns(record: Mapping[str, Any], present: set[str], where: str) -> Exa
 
 def _alpaca(record: Mapping[str, Any], present: set[str], where: str) -> Example:
     asked = "\n\n".join(
-        _string(record[key], where) for key in ("instruction", "input") if key in present and record[key]
+        _string(record[key], where) for key in ("instruction", "input", "context") if key in present and record[key]
     )
     answers = [record[key] for key in ("output", "response") if key in present]
     system = _turn(record["system"], where, role="system") if "system" in present and record["system"] else ()

@@ -121,6 +121,12 @@ def test_every_chat_shape_gives_the_same_ids_and_mask(shape, smollm2, tmp_path):
     assert example.rejected == ("No" if "chosen" in CHATS[shape] else "")
 
 
+def test_dollys_context_follows_the_instruction(tmp_path):
+    record = {"instruction": "Who?", "context": "Ada wrote it.", "response": "Ada", "category": "closed_qa"}
+    (example,) = read(written(tmp_path, record))
+    assert [message["content"] for message in example.messages] == ["Who?\n\nAda wrote it.", "Ada"]
+
+
 def test_alpaca_input_follows_the_instruction_and_a_system_text_comes_first(tmp_path):
     record = {"instruction": "Add.", "input": "1 and 2", "output": 3, "system": "Be brief."}
     (example,) = read(written(tmp_path, record))
