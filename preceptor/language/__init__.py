@@ -1,19 +1,23 @@
 """One way to talk to a language model: a local one, any OpenAI-compatible endpoint, or a script.
 
-from preceptor.language import ChatSettings, Request, open_chat
+    from preceptor.language import ChatSettings, Request, open_chat
 
-chat = open_chat(ChatSettings(model="smollm2", cache="answers.sqlite"))
-questions = ["What is a prime number?", "Name three primes."]
-replies = chat.ask([Request(({"role": "user", "content": question},)) for question in questions])
-for reply in replies:
-    print(reply.error or reply.text)
+    chat = open_chat(ChatSettings(model="smollm2", cache="answers.sqlite"))
+    questions = ["What is a prime number?", "Name three primes."]
+    replies = chat.ask([Request(({"role": "user", "content": question},)) for question in questions])
+    for question, reply in zip(questions, replies):
+        print(question, reply.error or reply.text, reply.completion_tokens)
+    print(chat.spent)
+
+The second run of these lines makes no call: every answer is in the cache.
 """
 
 from __future__ import annotations
 
-from preceptor.language.chat import Chat
-from preceptor.language.limits import Budget, Limits
-from preceptor.language.messages import Answer, Backend, Message, Reply, Request
+from preceptor.language.chat import Chat, Estimate
+from preceptor.language.endpoint import Endpoint
+from preceptor.language.limits import Budget, Limits, Spent
+from preceptor.language.messages import Answer, Backend, CallFailed, Likelihoods, Message, Reply, Request, Scorer
 from preceptor.language.scripted import Echo, Scripted
 from preceptor.language.settings import ChatSettings, open_chat
 
@@ -21,13 +25,19 @@ __all__ = [
     "Answer",
     "Backend",
     "Budget",
+    "CallFailed",
     "Chat",
     "ChatSettings",
     "Echo",
+    "Endpoint",
+    "Estimate",
+    "Likelihoods",
     "Limits",
     "Message",
     "Reply",
     "Request",
+    "Scorer",
     "Scripted",
+    "Spent",
     "open_chat",
 ]

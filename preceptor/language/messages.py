@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from preceptor.errors import UserError
 from preceptor.readers import Message
 
-__all__ = ["Answer", "Backend", "Message", "Reply", "Request"]
+__all__ = ["Answer", "Backend", "CallFailed", "Likelihoods", "Message", "Reply", "Request", "Scorer"]
 
 ROLES = ("system", "user", "assistant")
 
@@ -63,6 +63,8 @@ class Reply:
     """Why there is no answer; empty where there is one."""
     cached: bool = False
     """Whether no call was made for it."""
+    cut: bool = False
+    """Whether the answer ended because it had ``max_tokens`` tokens."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,30 @@ class Answer:
     text: str
     prompt_tokens: int
     completion_tokens: int
+    cut: bool = False
+    """Whether it ended because it had ``max_tokens`` tokens."""
+
+
+@dataclass(frozen=True)
+class Likelihoods:
+    """The log-probability of each token of each continuation, in nats, and the tokens that the calls took."""
+
+    tokens: tuple[tuple[float, ...], ...]
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class CallFailed(Exception):
+    """A call has no answer.
+
+    ``reason``: why, without any key. ``again``: whether the same call may succeed later. ``wait``: seconds that the
+    endpoint asks to wait first. ``charged``: whether it may have been charged for (no answer came), and is counted at
+    the most that it can have come to.
+    """
+
+    def __init__(self, reason: str, *, again: bool = False, wait: float | None = None, charged: bool = False) -> None:
+        super().__init__(reason)
+        self.reason, self.again, self.wait, self.charged = reason, again, wait, charged
 
 
 class Backend(Protocol):
@@ -81,14 +107,39 @@ class Backend(Protocol):
     no key is ever part of it. ``group``: how many requests one call takes at most.
     """
 
-    identity: str
-    group: int
+    @property
+    def identity(self) -> str: ...  # noqa: D102
 
-    async def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """One answer for each of at most ``group`` requests, in order.
+    @property
+    def group(self) -> int: ...  # noqa: D102
+
+    def prompt_bound(self, request: Request) -> int:
+        """Tokens that the request's messages have at most."""
+        ...
+
+    async def answer(self, requests: Sequence[Request]) -> list[Answer | CallFailed]:
+        """One answer for each of at most ``group`` requests, in order, or why that one has none.
 
         Raises:
-            CallFailed: this call has no answer, for a reason that the error tells.
+            CallFailed: none of them has an answer, for a reason that the error tells.
             UserError: no call can have one: no such model, a refused key.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Let go of connections; the next call opens new ones."""
+        ...
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """A backend that can tell how likely a given continuation is."""
+
+    async def log_probabilities(self, messages: Sequence[Message], continuations: Sequence[str]) -> Likelihoods:
+        """The log-probability of each token of each continuation as the assistant's answer, in nats.
+
+        Raises:
+            CallFailed: the endpoint gave no answer.
+            UserError: the endpoint gives no such probabilities.
         """
         ...

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from preceptor.language.messages import Answer, Request
+from preceptor.language.messages import Answer, CallFailed, Request
 
 
 class Scripted:
     """Answers from a function of the request, or from a list, taken in the order of asking.
 
-    ``name`` stands in the cache for the function: give another one when the function changes. A list that has run out
-    answers no more: those replies carry an error.
+    ``name`` stands in the cache for the script: give another one when the script changes. A function may raise
+    ``CallFailed``; a list that has run out answers no more. Either way those replies carry the error. Answers are
+    given whole, however long; a token is a word.
     """
 
     group = 1
@@ -21,36 +22,53 @@ class Scripted:
         self._answer = answer
         self._taken = 0
 
-    async def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """The script's answers; a token is a word."""
-        return [
-            Answer(text, _read(request), len(text.split())) for request in requests for text in [self._say(request)]
-        ]
+    def prompt_bound(self, request: Request) -> int:
+        """The words of the messages."""
+        return _words(request)
+
+    async def answer(self, requests: Sequence[Request]) -> list[Answer | CallFailed]:
+        """What the script says."""
+        said = [(request, self._say(request)) for request in requests]
+        return [Answer(text, _words(request), len(text.split())) for request, text in said]
+
+    async def close(self) -> None:
+        """Nothing is open."""
 
     def _say(self, request: Request) -> str:
         if callable(self._answer):
             return self._answer(request)
         if self._taken >= len(self._answer):
-            raise ValueError(f"the script has only {len(self._answer)} answers")
+            raise CallFailed(f"the script has only {len(self._answer)} answers")
         self._taken += 1
         return self._answer[self._taken - 1]
 
 
 class Echo:
-    """Says the last message again."""
+    """Says the last message again, cut to ``max_tokens`` words; a token is a word."""
 
     identity = "echo"
     group = 1
 
-    async def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """The last message's content, cut to ``max_tokens`` words; a token is a word."""
-        said = [request.messages[-1]["content"] for request in requests]
-        cut = [
-            text if len(text.split()) <= request.max_tokens else " ".join(text.split()[: request.max_tokens])
-            for text, request in zip(said, requests)
-        ]
-        return [Answer(text, _read(request), len(text.split())) for text, request in zip(cut, requests)]
+    def prompt_bound(self, request: Request) -> int:
+        """The words of the messages."""
+        return _words(request)
+
+    async def answer(self, requests: Sequence[Request]) -> list[Answer | CallFailed]:
+        """The last message's content."""
+        return [_echo(request) for request in requests]
+
+    async def close(self) -> None:
+        """Nothing is open."""
 
 
-def _read(request: Request) -> int:
+def _echo(request: Request) -> Answer:
+    text = request.messages[-1]["content"]
+    words = text.split()
+    cut = len(words) > request.max_tokens
+    if cut:
+        text = " ".join(words[: request.max_tokens])
+    return Answer(text, _words(request), len(text.split()), cut)
+
+
+def _words(request: Request) -> int:
     return sum(len(message["content"].split()) for message in request.messages)

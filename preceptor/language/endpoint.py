@@ -1,0 +1,324 @@
+"""Any endpoint that speaks OpenAI's chat completions: hosted ones, vLLM, llama.cpp, transformers serve."""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import json
+import math
+import os
+import re
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from preceptor.errors import UserError
+from preceptor.language.messages import Answer, CallFailed, Likelihoods, Message, Request
+
+if TYPE_CHECKING:
+    import aiohttp
+
+PER_MESSAGE = 16  # tokens at most that a chat template puts around a message
+PER_REQUEST = 64  # tokens at most that it puts before all of them (a date, its own system prompt)
+BUSY = (408, 409, 425, 429)
+GAVE_UP = (408, 502, 504, 524)  # something on the way gave up waiting; the model may have answered
+SHORTEST_KEY = 8  # characters; a shorter one is no secret, and hiding it would tear texts apart
+LONGEST_REASON = 300
+HIDDEN = "[key]"
+
+
+class Endpoint:
+    """A model at an OpenAI-compatible endpoint.
+
+    A prompt is bounded at one token a byte, which no byte-level tokenizer exceeds, and what a template adds. Where an
+    endpoint does not tell the tokens of an answer, they are counted at the most that they can be.
+
+    Args:
+        base_url: the address before ``/chat/completions``, such as ``http://127.0.0.1:8000/v1``.
+        model: the model's name there.
+        key_variable: the environment variable that holds the key; empty where none is needed. The key goes into the
+            header of each call and nowhere else; where the server repeats it, it is replaced by ``[key]``.
+        native_schema: send the schema of a structured answer as ``response_format`` too, so that the server holds the
+            model to it. Not every server knows that.
+
+    Raises:
+        UserError: an address that is none or holds a key, an unset variable, or a missing package.
+    """
+
+    group = 1
+
+    def __init__(self, base_url: str, model: str, *, key_variable: str = "", native_schema: bool = False) -> None:
+        try:
+            import aiohttp  # noqa: F401  # takes a third of a second: not within the first call
+        except ModuleNotFoundError:
+            raise UserError('An endpoint needs the package aiohttp: run `pip install "preceptor[teachers]"`.') from None
+        if not model:
+            raise UserError(f"No model is named for the endpoint {base_url}: give the name that it has there.")
+        self.base_url, self.model = _check_url(base_url), model
+        self.identity = f"endpoint {self.base_url} {model}{' native_schema' if native_schema else ''}"
+        self._native_schema = native_schema
+        self._key_variable = key_variable
+        self._key = _Key(_read_key(key_variable) if key_variable else "")
+        self._limit = "max_tokens"
+        self._session: aiohttp.ClientSession | None = None
+        self._reached = self._answered = False
+
+    def prompt_bound(self, request: Request) -> int:
+        """One token a byte, and what a chat template adds."""
+        said = sum(len(message["content"].encode("utf-8", "replace")) for message in request.messages)
+        schema = len(json.dumps(request.schema)) if request.schema and self._native_schema else 0
+        return said + schema + PER_MESSAGE * len(request.messages) + PER_REQUEST
+
+    async def answer(self, requests: Sequence[Request]) -> list[Answer | CallFailed]:
+        """The endpoint's answer to one request.
+
+        Raises:
+            CallFailed: no answer came, or one that says nothing.
+            UserError: nothing listens there, the key is refused, or there is no such model, and nothing was ever
+                answered: what happens later is a failure of that call.
+        """
+        [request] = requests
+        said = await self._post("/chat/completions", self._body(request))
+        try:
+            choice = said["choices"][0]
+            text, finish = choice["message"]["content"], choice.get("finish_reason")
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise CallFailed("the answer has no choices[0].message.content", again=True, charged=True) from error
+        if not isinstance(text, str):
+            raise CallFailed(f"the answer holds no text (finish_reason {finish!r})", charged=True)
+        used: Any = said.get("usage") if isinstance(said.get("usage"), dict) else {}
+        prompt, completion = used.get("prompt_tokens"), used.get("completion_tokens")
+        if not isinstance(prompt, int) or not isinstance(completion, int):
+            prompt, completion = self.prompt_bound(request), request.max_tokens
+        return [Answer(self._hide(text), prompt, completion, cut=finish == "length")]
+
+    async def log_probabilities(self, messages: Sequence[Message], continuations: Sequence[str]) -> Likelihoods:
+        """Of each token of each continuation, in nats, by ``prompt_logprobs``, which vLLM knows.
+
+        One call counts the prompt's tokens, then one a continuation reads it as the assistant's unfinished answer.
+
+        Raises:
+            CallFailed: no answer came.
+            UserError: the server gives no ``prompt_logprobs``.
+        """
+        bare = {"model": self.model, "messages": list(messages), "max_tokens": 1, "temperature": 0.0}
+        first = await self._post("/chat/completions", bare)
+        asked = {**bare, "prompt_logprobs": 0, "add_generation_prompt": False, "continue_final_message": True}
+        bodies = [{**asked, "messages": [*messages, {"role": "assistant", "content": text}]} for text in continuations]
+        said = await asyncio.gather(*(self._post("/chat/completions", body) for body in bodies))
+        try:
+            start = int(first["usage"]["prompt_tokens"])
+            rows = [[next(iter(place.values()))["logprob"] for place in one["prompt_logprobs"][1:]] for one in said]
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"The endpoint {self.base_url} gives no log-probabilities of a given text: ask a local model, or a "
+                "server that knows prompt_logprobs (vLLM)."
+            ) from error
+        # The first token of a prompt follows on nothing and has no probability.
+        tokens = tuple(tuple(map(float, row[start - 1 :])) for row in rows)
+        return Likelihoods(tokens, start + sum(len(row) + 1 for row in rows), 1 + len(rows))
+
+    async def close(self) -> None:
+        """Close the connections."""
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    def _body(self, request: Request) -> dict[str, Any]:
+        body: dict[str, Any] = {
+            "model": self.model,
+            "messages": list(request.messages),
+            self._limit: request.max_tokens,
+            "temperature": request.temperature,
+        }
+        if request.temperature > 0:  # some servers refuse a seed, and greedy decoding needs none
+            body["seed"] = request.seed
+        if request.stop:
+            body["stop"] = list(request.stop)
+        if request.schema is not None and self._native_schema:
+            form = {"name": "answer", "schema": request.schema, "strict": True}
+            body["response_format"] = {"type": "json_schema", "json_schema": form}
+        return body
+
+    async def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        import aiohttp
+
+        session = self._session = self._session or self._open()
+        try:
+            async with session.post(
+                self.base_url + path, data=json.dumps(body).encode(), allow_redirects=False
+            ) as response:
+                raw, status, headers = await response.read(), response.status, response.headers
+        except (aiohttp.ClientConnectorError, aiohttp.InvalidURL) as error:
+            if not self._reached:
+                raise UserError(
+                    f"Nothing answers at {self.base_url} ({self._hide(str(error))}): start the server, or correct "
+                    "the address."
+                ) from None
+            raise CallFailed(f"no connection ({self._hide(str(error))})", again=True) from None
+        except (aiohttp.ClientError, OSError) as error:
+            why = f"the connection broke ({self._hide(str(error)) or type(error).__name__})"
+            raise CallFailed(why, again=True, charged=True) from None
+        self._reached = True
+        text = self._hide(raw.decode("utf-8", "replace"))
+        if status != 200:
+            await self._refuse(status, text, headers)
+        self._answered = True
+        try:
+            said = json.loads(text)
+        except ValueError:
+            said = None
+        if not isinstance(said, dict):
+            raise CallFailed(f"the answer is not JSON ({_shorten(text)!r})", again=True, charged=True)
+        return said
+
+    def _open(self) -> aiohttp.ClientSession:
+        import aiohttp
+
+        headers = {"Content-Type": "application/json", "User-Agent": "preceptor"}
+        if self._key.text:
+            headers["Authorization"] = f"Bearer {self._key.text}"
+        host = urllib.parse.urlsplit(self.base_url)
+        proxy = None if urllib.request.proxy_bypass(host.netloc) else urllib.request.getproxies().get(host.scheme)
+        # The chat bounds how many calls are under way and how long each may take.
+        return aiohttp.ClientSession(
+            headers=headers,
+            proxy=proxy,
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
+            timeout=aiohttp.ClientTimeout(total=None),
+            cookie_jar=aiohttp.DummyCookieJar(),
+        )
+
+    async def _refuse(self, status: int, text: str, headers: Mapping[str, str]) -> NoReturn:
+        """Raise what an answer other than 200 means."""
+        reason = self._hide(f"{status} {_message(text)}".strip())
+        if status == 401 and not self._answered:
+            mend = (
+                f"put a valid key into the environment variable {self._key_variable}"
+                if self._key_variable
+                else "name the environment variable that holds the key (key_variable)"
+            )
+            raise UserError(f"The endpoint {self.base_url} refuses the key ({reason}): {mend}.")
+        if status == 404 and not self._answered:
+            raise UserError(
+                f'The endpoint {self.base_url} has no model "{self.model}", or the address is not that of chat '
+                f"completions ({reason}): {await self._models()}."
+            )
+        if 300 <= status < 400:
+            reason = f"{status}, moved to {self._hide(headers.get('Location', 'nowhere'))}: correct base_url"
+        if status == 400 and "max_completion_tokens" in text:  # what OpenAI's newer models call it
+            self._limit = "max_completion_tokens"
+            raise CallFailed(reason, again=True, wait=0.0)
+        again = (status in BUSY or status >= 500) and status != 501 and "insufficient_quota" not in text
+        raise CallFailed(reason, again=again, wait=_retry_after(headers), charged=status in GAVE_UP)
+
+    async def _models(self) -> str:
+        """What to do about a model that is not there: the names that are."""
+        assert self._session is not None
+        try:
+            async with self._session.get(self.base_url + "/models", allow_redirects=False) as response:
+                listed = json.loads(self._hide((await asyncio.wait_for(response.read(), 5)).decode()))
+            names = [str(model["id"]) for model in listed["data"]]
+        except Exception:  # whatever goes wrong, the error that is being told is another one
+            names = []
+        shown = ", ".join(f'"{name}"' for name in names[:5])
+        return f"it has {shown}{' and others' if len(names) > 5 else ''}" if names else "correct one of them"
+
+    def _hide(self, text: str) -> str:
+        """The text without the key, in any form that a server may have brought it in."""
+        for form in self._key.forms:
+            if form in text:
+                text = text.replace(form, HIDDEN)
+        return text
+
+
+class _Key:
+    """A key that is not shown when it is printed. ``forms``: how it may stand in a text; none if it is no secret."""
+
+    __slots__ = ("forms", "text")
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        secret = len(text) >= SHORTEST_KEY
+        self.forms = {text, json.dumps(text)[1:-1], urllib.parse.quote(text, safe="")} if secret else set()
+
+    def __repr__(self) -> str:
+        return HIDDEN
+
+
+def check_key_variable(name: str) -> None:
+    """Refuse what is no name of a variable, and may be the key itself, without repeating it.
+
+    Raises:
+        UserError: the name has other signs than capitals, digits and underscores.
+    """
+    if name and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):
+        raise UserError(
+            "key_variable must be the name of an environment variable (capitals, digits, underscores), never the key "
+            "itself: for instance OPENAI_API_KEY."
+        )
+
+
+def _read_key(variable: str) -> str:
+    check_key_variable(variable)
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise UserError(
+            f"The environment variable {variable}, which should hold the endpoint's key, is not set: "
+            f"`export {variable}=...`, or leave key_variable empty where no key is needed."
+        )
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise UserError(f"The key in the environment variable {variable} has blanks or signs that no key has: mend it.")
+    return key
+
+
+def _check_url(url: str) -> str:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        sound = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
+    except ValueError:
+        sound = False
+    if not sound:
+        raise UserError(f'The address "{url}" is no endpoint\'s: give one such as http://127.0.0.1:8000/v1.')
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise UserError(
+            f"The address of the endpoint at {parts.hostname} holds a name, a key or a query: give the bare address, "
+            "and the key in an environment variable (key_variable)."
+        )
+    return url.rstrip("/").removesuffix("/chat/completions")
+
+
+def _message(text: str) -> str:
+    """What the body of a refusal says."""
+    try:
+        said = json.loads(text)
+    except ValueError:
+        return _shorten(text)
+    for name in ("error", "message", "detail"):
+        while isinstance(said, dict) and name in said:
+            said = said[name]
+    return _shorten(said if isinstance(said, str) else json.dumps(said))
+
+
+def _shorten(text: str) -> str:
+    plain = " ".join(text.split())
+    return plain if len(plain) <= LONGEST_REASON else f"{plain[:LONGEST_REASON]}..."
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds that the endpoint asks to wait, from Retry-After in seconds or as a date, or its milliseconds."""
+    asked, factor = headers.get("retry-after-ms"), 1e-3
+    if asked is None:
+        asked, factor = headers.get("Retry-After"), 1.0
+    if asked is None:
+        return None
+    try:
+        seconds = float(asked) * factor
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(asked).timestamp() - time.time()
+        except (ValueError, OverflowError):
+            return None
+    return max(0.0, seconds) if math.isfinite(seconds) else None
