@@ -102,20 +102,23 @@ class CachedTeacher:
 class MomentumTeacher:
     """An exponential moving average of a student: θ_T ← m θ_T + (1 - m) θ_S (Tarvainen & Valpola, 2017, eq. 1).
 
-    The copy is kept in float32: in bfloat16 an average with m near 1 would stand still. Buffers are copied as they are.
-    ``model`` is the copy, for modules that are not language models. With ``Run.remember`` it survives a resume.
+    The copy is kept in float32: in bfloat16 an average with m near 1 would stand still. Buffers are copied as they are,
+    unless the copy keeps statistics of its own. ``model`` is the copy, for modules that are not language models. With
+    ``Run.remember`` it survives a resume.
 
     Args:
         student: the module to follow; it is copied, not shared.
         momentum: m, in [0, 1].
+        own_statistics: leave the copy in training mode, so that its batch norms use and track what it sees itself.
 
     Raises:
         UserError: the momentum is outside [0, 1].
     """
 
-    def __init__(self, student: nn.Module, momentum: float) -> None:
+    def __init__(self, student: nn.Module, momentum: float, *, own_statistics: bool = False) -> None:
         self.momentum = _checked(momentum)
-        self.model = copy.deepcopy(student).float().eval().requires_grad_(False)
+        self.own_statistics = own_statistics
+        self.model = copy.deepcopy(student).float().train(own_statistics).requires_grad_(False)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> HiddenTargets:
@@ -129,8 +132,9 @@ class MomentumTeacher:
         share = 1.0 - (self.momentum if momentum is None else _checked(momentum))
         for mine, other in zip(self.model.parameters(), student.parameters()):
             mine.lerp_(other.detach().to(mine), share)
-        for kept, given in zip(self.model.buffers(), student.buffers()):
-            kept.copy_(given)
+        if not self.own_statistics:
+            for kept, given in zip(self.model.buffers(), student.buffers()):
+                kept.copy_(given)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Parameters and buffers by name, each tied tensor once."""
