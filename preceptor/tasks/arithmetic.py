@@ -117,7 +117,7 @@ def _multiply(digits: int) -> Callable[[Random], Problem]:
 
 
 def _powers(stream: Random) -> Problem:
-    a, b = stream.randint(2, 99), stream.choice((10, 100, 1000))
+    a, b = stream.randint(2, 999), stream.choice((10, 100, 1000))
     return Problem(f"{a}*{b}=", f"What is {a} times {b}?", f"{a} × {b} = {a * b}", f"{a * b}")
 
 
