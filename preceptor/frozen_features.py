@@ -20,6 +20,7 @@ BATCH = 256
 EPISODES = 200  # as OBoW's few-shot evaluation
 WAYS = 50  # classes of an episode, or all where there are fewer
 NEIGHBOURS = 20
+LABELS = (10, 100)  # a class, that a linear probe gets
 
 
 @torch.no_grad()
@@ -116,3 +117,25 @@ def neighbours(known: Tensor, labels: Tensor, asked: Tensor, answers: Tensor, *,
     vote = KNeighborsClassifier(min(count, len(known)), weights=lambda far: 1 - far, metric="cosine")
     vote.fit(known.numpy(), labels.numpy())
     return float(vote.score(asked.numpy(), answers.numpy()))
+
+
+def figures(known: Tensor, lessons: Images, asked: Tensor, exam: Images, *, seed: int) -> dict[str, float]:
+    """Accuracies in % of frozen features: linear probes, few-shot episodes, and the nearest of 5,000 neighbours.
+
+    Args:
+        known: features (N, D) of the images ``lessons``.
+        lessons: whose labels are drawn from.
+        asked: features (M, D) of the images ``exam``.
+        exam: whose labels are told.
+        seed: of the draws.
+    """
+    found = {}
+    least = int(torch.bincount(lessons.labels).min())
+    for each in (each for each in LABELS if each <= least):
+        said = linear_probe(known, lessons.labels, asked, exam.labels, each=each, seed=seed)
+        found[f"probe, {each} labels a class"] = 100 * said
+    for shots in (1, 5):
+        found[f"few-shot, {shots} a class"] = 100 * few_shot(asked, exam.labels, shots=shots, seed=seed).mean
+    near = slice(0, 5000)
+    found["nearest neighbours"] = 100 * neighbours(known[near], lessons.labels[near], asked, exam.labels)
+    return found

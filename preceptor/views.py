@@ -53,6 +53,11 @@ class Views:
     blur: float = 2.0
     """Largest standard deviation of the blur of crops, in pixels; half of them are blurred, none if 0."""
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of view that the student gets, in their order."""
+        return ("crops",) * (self.crops > 0) + ("patches",) * (self.patches > 0)
+
     def __post_init__(self) -> None:
         """Refuse views that cannot be cut."""
         if self.crops < 0 or self.patches < 0 or self.crops + self.patches == 0:

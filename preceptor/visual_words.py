@@ -7,7 +7,7 @@ section 3. Shapes: images B, channels D, words K, positions u of a feature map.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -109,6 +109,50 @@ class VisualWords(nn.Module):
         places = (self.oldest + torch.arange(len(newest), device=newest.device)) % len(self.words)
         self.words[places] = newest
         self.oldest.copy_((self.oldest + len(newest)) % len(self.words))
+
+
+class Vocabularies(nn.Module):
+    """A vocabulary for each of several feature levels.
+
+    Args:
+        levels: the channels of each level, by its name.
+        count: K, words of a level.
+        inv_delta: see `VisualWords`, as are the others.
+        assignment: soft or hard codes.
+        pooling: max or average.
+        renewed: whether words are ever replaced.
+    """
+
+    def __init__(
+        self,
+        levels: Mapping[str, int],
+        count: int,
+        *,
+        inv_delta: float = 15.0,
+        assignment: Assignment = "soft",
+        pooling: Pooling = "max",
+        renewed: bool = True,
+    ) -> None:
+        super().__init__()
+        self.levels = tuple(levels)
+        self.of_level = nn.ModuleList(
+            VisualWords(count, width, inv_delta=inv_delta, assignment=assignment, pooling=pooling, renewed=renewed)
+            for width in levels.values()
+        )
+
+    def of(self, level: str) -> VisualWords:
+        """One level's vocabulary."""
+        found = self.of_level[self.levels.index(level)]
+        assert isinstance(found, VisualWords)
+        return found
+
+    def now(self) -> list[Tensor]:
+        """The words (K, D_l) of each level as they are; the next bags renew them in place."""
+        return [self.of(level).words for level in self.levels]
+
+    def forward(self, maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The bags (B, K) of each level, of the teacher's maps of all levels; see `VisualWords.forward`."""
+        return {level: self.of(level)(maps[level]) for level in self.levels}
 
 
 def _check_map(features: Tensor, words: Tensor) -> None:

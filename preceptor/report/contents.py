@@ -26,6 +26,14 @@ class Answers:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """A PNG that a run drew, and the words under it."""
+
+    caption: str
+    png: bytes
+
+
+@dataclass(frozen=True)
 class Contents:
     """A run's folder. ``metrics``: a mapping a step; ``finished``: it has a result."""
 
@@ -37,6 +45,7 @@ class Contents:
     headline: str
     command: str
     samples: list[Answers]
+    pictures: list[Picture]
     recipe: str
     written: datetime
 
@@ -92,6 +101,7 @@ def read_contents(folder: Path) -> Contents:
         headline=str(result.get("headline") or ""),
         command=str(result.get("command") or ""),
         samples=_samples(folder / "samples.json"),
+        pictures=_pictures(folder / "pictures"),
         recipe=recipe,
         written=written,
     )
@@ -152,6 +162,19 @@ def _samples(path: Path) -> list[Answers]:
         raise UserError(
             f"{path} holds no samples of models ({error!r}): write it again with `preceptor evaluate`."
         ) from error
+
+
+def _pictures(folder: Path) -> list[Picture]:
+    """``*.png`` in order of their names; the caption is the text file beside one, or its name."""
+    found = []
+    try:
+        for path in sorted(folder.glob("*.png")):
+            beside = path.with_suffix(".txt")
+            caption = beside.read_text(encoding="utf-8") if beside.is_file() else path.stem.replace("_", " ")
+            found.append(Picture(caption.strip(), path.read_bytes()))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"A picture in {folder} cannot be read ({error}): mend or remove it.") from error
+    return found
 
 
 def _recipe(folder: Path, config: Mapping[str, Any], result: Mapping[str, Any]) -> str:

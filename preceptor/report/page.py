@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from base64 import b64encode
 from calendar import month_name
 from collections.abc import Iterator, Mapping
 from html import escape
@@ -15,7 +16,7 @@ from preceptor.report.contents import Contents
 from preceptor.report.curves import Curve, collect, draw
 from preceptor.table import Cell, Table, Value, format_cell
 
-NO_REQUESTS = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+NO_REQUESTS = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 TAUGHT = "taught student"
 
 
@@ -28,6 +29,7 @@ def render(contents: Contents) -> str:
         _claims(contents.table),
         _curves(contents),
         _samples(contents),
+        _pictures(contents),
         _repeat(contents),
         _pairs("Settings", contents.config),
         _pairs("Environment", contents.environment),
@@ -213,6 +215,15 @@ def _samples(contents: Contents) -> str:
             f'<article><blockquote>{escape(sample.prompt)}</blockquote><div class="answers">{answers}</div></article>'
         )
     return "<section>\n<h2>What they say</h2>\n" + "\n".join(shown) + "\n</section>"
+
+
+def _pictures(contents: Contents) -> str:
+    figures = "\n".join(
+        f'<figure><img src="data:image/png;base64,{b64encode(picture.png).decode()}" alt="{escape(picture.caption)}">'
+        f"<figcaption>{escape(picture.caption)}</figcaption></figure>"
+        for picture in contents.pictures
+    )
+    return f'<section>\n<h2>Pictures</h2>\n<div class="pictures">{figures}</div>\n</section>' if figures else ""
 
 
 def _repeat(contents: Contents) -> str:
