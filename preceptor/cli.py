@@ -1,4 +1,4 @@
-"""The command ``preceptor``: list, show, run, reproduce, cache, evaluate, report, doctor.
+"""The command ``preceptor``: list, show, run, reproduce, chat, cache, evaluate, report, doctor.
 
 A recipe or a command's module is imported only when it runs, so that ``--help`` and ``list`` need no torch.
 """
@@ -22,6 +22,7 @@ from preceptor.methods import find_method, missing_packages
 from preceptor.screens import print_help, print_method, print_methods
 
 MODULES = {
+    "chat": ("preceptor.chat", "people"),
     "cache": ("preceptor.cache", "text"),
     "evaluate": ("preceptor.evaluation", "text"),
     "report": ("preceptor.report", "report"),

@@ -31,6 +31,7 @@ COMMANDS = {
         "reproduce NAME [--seeds N] [--full] [--output FOLDER]",
         "the paper's claim, measured beside its baselines; exit status 1 when it does not hold",
     ),
+    "chat": ("chat [settings]", "learn from a tutor, or tutor a simulated student, in the terminal"),
     "cache": ("cache [settings]", "keep what a teacher says on disk, once for any number of students"),
     "evaluate": ("evaluate [settings]", "measure a student beside its teacher"),
     "report": ("report [settings]", "write a run's page, report.html"),

@@ -85,7 +85,7 @@ def test_light_commands_import_no_torch(words: list[str]) -> None:
 def test_help_names_every_command() -> None:
     told = run("--help")
     assert told.returncode == 0
-    for command in ("list", "show", "run", "reproduce", "cache", "evaluate", "report", "doctor"):
+    for command in ("list", "show", "run", "reproduce", "chat", "cache", "evaluate", "report", "doctor"):
         assert command in told.stdout
 
 
