@@ -79,7 +79,8 @@ class SkillListAgent:
         if self.kind == "with_state":
             accuracy = info["accuracy"]
             weights = np.array([0.5 if accuracy[skill] is None else 1 - accuracy[skill] for skill in self.skills])
-        return np.clip(shares(weights, self.items), 0, MOST)
+        asked: np.ndarray[Any, Any] = np.minimum(shares(weights, self.items), MOST)
+        return asked
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ SkillList    the items with their skill, accuracies         items for each skill
 SkillForest  the forest: allocations, rewards, accuracies   Explore or Exploit for each skill; a writer fills it
 ============ ============================================== ====================================================
 
-``OpenEnded`` is here, the other two are in ``skill_environments``. The words have Gymnasium's meaning, and the published
-code's defects are left behind: ``reset`` gives the student its first weights back; ``terminated`` tells that the budget
-of *accepted* items, over all rounds, is used up (the last batch is cut to it); ``truncated`` that the rounds are;
-``info`` holds the records behind the observation, what was accepted and what was rejected and why. An accuracy that is
-not known is -1 in a Box and None elsewhere, never 0.
+``OpenEnded`` is here, the other two are in ``skill_environments``. The words have Gymnasium's meaning, and the
+published code's defects are left behind: ``reset`` gives the student its first weights back; ``terminated`` tells that
+the budget of *accepted* items, over all rounds, is used up (the last batch is cut to it); ``truncated`` that the rounds
+are; ``info`` holds the records behind the observation, what was accepted, and what was rejected and why. An accuracy
+that is not known is -1 in a Box and None elsewhere, never 0.
 
 A round that asks for nothing is idle: nothing is trained, it does not count, and the second in a row truncates.
 With ``train_every`` k only each k-th round trains (the paper's accumulate-then-train loop); in between, the reward is 0
@@ -96,7 +96,8 @@ class AnyText(spaces.Text):
 class DataEnvironment(gymnasium.Env[Any, Any]):
     """What the three environments share: evaluate, check, accumulate, teach, reward.
 
-    ``data`` is all that was accepted, ``completed`` how the student did on validation, ``round`` counts the rounds.
+    ``data`` is all that was accepted, ``completed`` how the student did on validation, ``steps`` counts all rounds and
+    ``round`` those that were not idle. ``taught``: how many data the student has learned, in ``lesson``.
     """
 
     def __init__(
@@ -132,14 +133,15 @@ class DataEnvironment(gymnasium.Env[Any, Any]):
         self.skills = tuple(sorted({item.skill for item in validation}))
         self.data: list[Datum] = []
         self.completed: list[Completed] = []
-        self.round = self.idle = self.lives = self.untaught = 0
+        self.steps = self.round = self.idle = self.lives = self.taught = 0
+        self.lesson = folder
         self.observation_space, self.action_space = self._spaces()
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Forgets all data, gives the student its first weights back, and evaluates it."""
         super().reset(seed=seed)
         self.student.restart()
-        self.data, self.round, self.idle, self.untaught = [], 0, 0, 0
+        self.data, self.steps, self.round, self.idle, self.taught = [], 0, 0, 0, 0
         self.lives += 1
         self.completed = self.evaluate(self.validation)
         return self._observation(), self._info([], [], [], [])
@@ -152,23 +154,57 @@ class DataEnvironment(gymnasium.Env[Any, Any]):
         """
         before = self.report
         written, failures = self._write(action)
+        self.steps += 1
         self.idle = 0 if written or failures else self.idle + 1
         self.round += not self.idle
-        data = named(written, f"{self.round:03d}")
+        data = named(written, f"{self.steps:03d}")
         checks = self.checks(data, self.data, self._ask if self._probes else None)
         accepted, rejected = self._sort(data, checks)
         self.data += accepted
-        self.untaught += len(accepted)
-        over = len(self.data) >= self.episode.budget
-        limit = self.round >= self.episode.rounds or self.idle > 1
-        if self.untaught and (over or limit or self.round % self.episode.train_every == 0):
-            self.student.learn(self.data, self._training_folder())
-            self.completed, self.untaught = self.evaluate(self.validation), 0
+        if len(self.data) > self.taught and (self.over or self.round % self.episode.train_every == 0):
+            self._teach()
+            self.completed = self.evaluate(self.validation)
         elif not accepted:
             warnings.warn("No item was accepted this round: the student is not taught again.", stacklevel=2)
         self._close_round(data, checks, before)
         reward = self.report.accuracy - before.accuracy
-        return self._observation(), reward, over, limit and not over, self._info(accepted, rejected, failures, checks)
+        used_up = len(self.data) >= self.episode.budget
+        truncated = self.over and not used_up
+        return self._observation(), reward, used_up, truncated, self._info(accepted, rejected, failures, checks)
+
+    def state(self) -> dict[str, Any]:
+        """What an episode needs to go on after a stop, beside ``data``: plain JSON."""
+        return {
+            "steps": self.steps,
+            "round": self.round,
+            "idle": self.idle,
+            "taught": self.taught,
+            "lesson": self.lesson.relative_to(self.folder).as_posix(),
+            "answers": [one.response for one in self.completed],
+            "random": self.np_random.bit_generator.state,
+        }
+
+    def restore(self, state: dict[str, Any], data: Sequence[Datum]) -> dict[str, Any]:
+        """Goes on where ``state`` was taken, in an environment made alike; the student learns its last lesson again.
+
+        Returns the ``info`` of that moment.
+        """
+        super().reset()
+        self.steps, self.round, self.idle = state["steps"], state["round"], state["idle"]
+        self.taught, self.lesson, self.data = state["taught"], self.folder / state["lesson"], list(data)
+        self.lives = max(1, self.lives)
+        self.np_random.bit_generator.state = state["random"]
+        self.completed = complete(self.task, self.validation, state["answers"])
+        self.student.restart()
+        if self.taught:
+            self.student.learn(self.data[: self.taught], self.lesson)
+        return self._info([], [], [], [])
+
+    @property
+    def over(self) -> bool:
+        """Whether the episode is: the budget is used up, the rounds are, or two rounds in a row asked for nothing."""
+        limit = self.round >= self.episode.rounds or self.idle > 1
+        return limit or len(self.data) >= self.episode.budget
 
     @property
     def report(self) -> PerformanceReport:
@@ -194,10 +230,11 @@ class DataEnvironment(gymnasium.Env[Any, Any]):
         same_length(items, answers)
         return answers
 
-    def _training_folder(self) -> Path:
-        return (
-            self.folder / (f"episode-{self.lives}" if self.lives > 1 else "") / f"round-{self.round:03d}" / "training"
-        )
+    def _teach(self) -> None:
+        life = f"episode-{self.lives}" if self.lives > 1 else ""
+        self.lesson = self.folder / life / f"{self.steps:03d}" / "training"
+        self.taught = len(self.data)
+        self.student.learn(self.data, self.lesson)
 
     @property
     def _probes(self) -> bool:

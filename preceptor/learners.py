@@ -11,6 +11,8 @@ questions about images it reads the image first, a linear map of each patch stan
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import string
 from collections.abc import Callable, Sequence as Listed
 from dataclasses import dataclass
@@ -110,6 +112,24 @@ class Seeing(nn.Module):
         return torch.stack(columns, dim=1)
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """What tells one lesson from another, so that none is taken up with other data."""
+
+    training: Training
+    items: int
+    data: str
+
+
+def lesson_hash(data: Listed[Datum]) -> str:
+    """16 hexadecimal digits that name the data by what a student reads of them, in order."""
+    digest = hashlib.blake2b(digest_size=8)
+    for one in data:
+        image = b"" if one.image is None else np.ascontiguousarray(one.image).tobytes()
+        digest.update(json.dumps([one.instruction, one.starter, one.response]).encode() + image)
+    return digest.hexdigest()
+
+
 class Pupil:
     """A student of an environment: answers items greedily, is taught from its first weights, and starts over.
 
@@ -175,7 +195,9 @@ class Pupil:
             UserError: there is no datum, or the folder holds another lesson.
         """
         self.model = self._fresh()
-        run = Run(self.training, student=self.model, folder=folder, resume=(folder / "config.json").exists())
+        lesson = Lesson(self.training, len(data), lesson_hash(data))
+        resume = (folder / "config.json").exists()
+        run = Run(self.training, student=self.model, folder=folder, config=lesson, resume=resume)
         for batch in run.batches(data, self._collate):
             labels = partial(
                 divergence, teacher=None, mask=batch.predicts, labels=batch.labels, weight=0.0, label_weight=1.0

@@ -123,13 +123,14 @@ class Threshold:
 class Proportional:
     """Explore once, then give each subskill items in proportion to what the student gets wrong in it.
 
-    a[s] = ``items`` · (1 - training accuracy of s); a subskill of unknown accuracy (an agent without state knows none)
-    counts as half right. Where nothing at all was written last round, accuracies are those of the last one that wrote.
+    a[s] = ``items`` · (1 - training accuracy of s), but at least ``least``: what the student once knew is asked about
+    again. A subskill of unknown accuracy counts as half right; an agent without state knows none, so it spreads evenly.
     """
 
     new: int = 4
     start: int = 5
     items: int = 30
+    least: int = 2
 
     def __call__(self, history: Sequence[Experience], performance: float | None) -> Action:
         """Explore first; afterwards move the allocation to where the errors are."""
@@ -139,7 +140,7 @@ class Proportional:
         known: dict[str, float] = {}
         for experience in history:
             known |= {name: value for name, value in experience.tree.training_accuracy.items() if value is not None}
-        wanted = {name: round(self.items * (1 - known.get(name, 0.5))) for name in tree.subskills}
+        wanted = {name: max(self.least, round(self.items * (1 - known.get(name, 0.5)))) for name in tree.subskills}
         return Exploit({name: wanted[name] - count for name, count in tree.allocation.items()})
 
 

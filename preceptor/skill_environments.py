@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from gymnasium import spaces
 from preceptor.data_writers import Order, Writer, Written
 from preceptor.environment import UNKNOWN, DataEnvironment, Episode, Student
 from preceptor.errors import UserError
-from preceptor.skills import Action, Experience, Exploit, Explore, SkillTree, act
+from preceptor.skills import Action, Experience, Exploit, Explore, SkillTree, act, read_experience
 from preceptor.tasks import Check, Datum, Item, PerformanceReport, Task
 
 MOST = 240  # items that an action may ask for, for a skill or a subskill
@@ -106,6 +107,16 @@ class SkillForest(DataEnvironment):
         """Cuts all trees down, forgets all data, gives the student its first weights back, and evaluates it."""
         self.history = dict.fromkeys(self.skills, ())
         return super().reset(seed=seed, options=options)
+
+    def state(self) -> dict[str, Any]:
+        """As the other environments', with the history of each skill."""
+        histories = {skill: [asdict(one) for one in past] for skill, past in self.history.items()}
+        return super().state() | {"history": histories}
+
+    def restore(self, state: dict[str, Any], data: Sequence[Datum]) -> dict[str, Any]:
+        """As the other environments', with the history of each skill."""
+        self.history = {skill: tuple(read_experience(one) for one in past) for skill, past in state["history"].items()}
+        return super().restore(state, data)
 
     def tree(self, skill: str) -> SkillTree:
         """The tree of a skill as it is now, empty before the first action."""

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from preceptor.errors import UserError
 from preceptor.folder import write_whole
@@ -118,6 +119,23 @@ class Experience:
     action: Action
     performance: float | None
     reward: float | None
+
+
+def read_experience(data: Mapping[str, Any]) -> Experience:
+    """An experience from its JSON (``dataclasses.asdict``)."""
+    tree, action = data["tree"], data["action"]
+    return Experience(
+        SkillTree(
+            tree["skill"],
+            dict(tree["allocation"]),
+            {name: tuple(ids) for name, ids in tree["data"].items()},
+            {name: tuple(Check(**check) for check in checks) for name, checks in tree["checks"].items()},
+            dict(tree["training_accuracy"]),
+        ),
+        Explore(**action) if "new" in action else Exploit(**action),
+        data["performance"],
+        data["reward"],
+    )
 
 
 Propose = Callable[[str, tuple[str, ...], int], Sequence[str]]

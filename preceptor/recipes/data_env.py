@@ -1,0 +1,520 @@
+"""DataEnvGym: an agent watches a student fail and writes what it is taught next.
+
+Paper: DataEnvGym: Data Generation Agents in Teacher Environments with Student Feedback (Khan et al., ICLR 2025),
+https://arxiv.org/abs/2410.06215
+Reproduction: not yet run
+Command: ``preceptor run data_env --environment skill_tree``
+
+With student weights θ_0, all items accepted so far D_t, and validation accuracy A(θ):
+
+    action_t = agent(what is seen of θ_t)      D_{t+1} = D_t + checked(written(action_t))
+    θ_{t+1} = argmin_θ -Σ_{(x, y) ∈ D_{t+1}} log p_θ(y | x), from θ_0      reward = A(θ_{t+1}) - A(θ_t)
+
+Three environments differ in what is seen and in what an action is (``preceptor.environment``). The writer is a language
+model (``--teacher.model``), or ``symbolic``, which knows every skill exactly, so that the loop itself can be verified.
+
+Decided here, where the sources differ, are silent, or misbehave:
+
+* A lesson always starts from the first weights (a new adapter on the base), on all items accepted so far.
+* An item that fails a check is left out and counted with its reason. The budget counts accepted items, in total.
+* To leave out what the student knows is to look at its answers. An agent without state must not, so that check goes
+  with ``with_state`` alone; in the reproduction no arm has it, and all are taught equally many accepted items.
+* The student that is kept is the one of the round with the best validation accuracy; the test items are asked once.
+* ``small`` is a character transformer that has been to school: many items of most subskills, few of the ``weak`` ones.
+
+Every round has a folder under ``iterations/``: its items, data, rejections and report, and the lesson in ``training/``;
+a stopped run goes on from the last whole one.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import Any, Literal
+
+from preceptor.agents import Kind, OpenEndedAgent, SkillForestAgent, SkillListAgent
+from preceptor.chat_writer import ChatWriter
+from preceptor.data_writers import Symbolic, Writer
+from preceptor.environment import DataEnvironment, Episode, OpenEnded, as_action
+from preceptor.episode_pictures import draw_episode
+from preceptor.errors import UserError
+from preceptor.evaluation import TAUGHT, UNTAUGHT, write_result
+from preceptor.folder import check_folder, open_folder, write_whole
+from preceptor.iterations import (
+    Iteration,
+    datum_from,
+    datum_json,
+    drop_later,
+    read_iterations,
+    read_lines,
+    write_iteration,
+)
+from preceptor.language import Chat, ChatSettings, open_chat
+from preceptor.learners import SMALL, Pupil, load_pupil_model, small_student
+from preceptor.models import load
+from preceptor.policies import Alternating, Asked, Chance, FillBalanced, Policy, Proportional, Threshold
+from preceptor.report import write_report
+from preceptor.skill_environments import SkillForest, SkillList
+from preceptor.table import Claim, Table, Value, compare, mean_of
+from preceptor.tasks import Completed, Datum, Item, Task, complete, leaks, report
+from preceptor.training import Training
+
+REQUIRES = "teachers"
+SYMBOLIC = "symbolic"
+ITERATIONS = "iterations"
+
+Act = Callable[[Mapping[str, Any]], tuple[Any, list[str]]]
+"""From what is seen (``info``) to an action of the environment, and why items were lost on the way."""
+
+
+@dataclass(frozen=True)
+class School:
+    """What the small student learns before the first round."""
+
+    weak: tuple[str, ...] = ("reversal/four_digits", "reversal/five_digits")
+    """Subskills of which it sees few items, as ``skill/subskill``."""
+    items: int = 3000
+    """Items of each other subskill."""
+    few: int = 60
+    """Items of each weak one."""
+    training: Training = Training(epochs=1, batch_size=32, learning_rate=2e-3, warmup=0.05, weight_decay=0.01)
+    """How it is taught them."""
+
+
+@dataclass(frozen=True)
+class Exam:
+    """What the student is asked; the items are drawn apart from all that is taught."""
+
+    validation: int = 60
+    """Items of each skill whose answers the agent sees, evenly over its subskills."""
+    test: int = 210
+    """Items of each skill for the end, which nobody sees."""
+    answer_length: int = 12
+    """Tokens of an answer at most."""
+
+
+MATH = ("reversal", "units/length", "units/mass", "multiplication/powers_of_ten")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of one episode."""
+
+    task: Literal["math", "code", "visual"] = "math"
+    """What the student is to learn."""
+    skills: tuple[str, ...] = MATH
+    """Skills or ``skill/subskill`` that it is examined in; empty: all of the task's."""
+    environment: Literal["open_ended", "skill_list", "skill_tree"] = "open_ended"
+    """What the agent sees and what it can do."""
+    agent: Kind = "with_state"
+    """with_state sees the student's answers; no_state is the same agent that does not; random leaves it to chance."""
+    policy: Literal["proportional", "alternating", "fill_balanced", "threshold", "train_retrain", "accumulate"] = (
+        "proportional"
+    )
+    """Who explores and exploits in a skill tree; the last two ask the teacher."""
+    teacher: ChatSettings = ChatSettings(model=SYMBOLIC)
+    """The writer of items: ``symbolic``, or any chat model."""
+    student: str = SMALL
+    """``small``, a folder or name of a model, or ``lora:rank=16,base=NAME`` for an adapter on one."""
+    school: School = School()
+    """What ``small`` knows at the start."""
+    exam: Exam = Exam()
+    """How it is examined."""
+    episode: Episode = Episode(budget=300, rounds=30)
+    """Budget, rounds and checks."""
+    items: int = 60
+    """Items that an agent asks for in a round (Open-Ended, Skill-List)."""
+    hypotheses: int = 5
+    """H, hypotheses about weak subskills for each skill (Skill-List)."""
+    least: float = 0.1
+    """Share of a chat teacher's calls that must give an item, below which the run stops."""
+    output: str = "runs/data_env/run"
+    """Folder of the run."""
+    resume: bool = False
+    """Go on with the run in ``output``."""
+    training: Training = Training(epochs=8, batch_size=16, learning_rate=5e-4, warmup=0.1)
+    """How the student is taught, in each round anew."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant, before anything is loaded."""
+        if self.policy in ("train_retrain", "accumulate") and self.teacher.model == SYMBOLIC:
+            raise UserError(f"The policy {self.policy} asks a language model: set teacher.model.")
+        if self.task == "visual" and self.student.startswith("lora:"):
+            raise UserError("Visual questions need a student that sees: set student to small, or to the folder of one.")
+        if self.student.startswith("lora:") and "base=" not in self.student:
+            raise UserError("The student's adapter needs a base: give lora:rank=16,base=NAME.")
+
+
+tiny = Config(
+    skills=("reversal/three_digits", "units/mass"),
+    school=School(weak=("reversal/three_digits",), items=60, few=8),
+    exam=Exam(validation=6, test=10, answer_length=6),
+    episode=Episode(budget=16, rounds=2),
+    items=8,
+    output="runs/data_env/tiny",
+    training=Training(steps=6, batch_size=8, learning_rate=5e-4),
+)
+
+# Math in the paper: 120 items a round of Gemma-2-2B-it, its LoRA and splits; GPT-4o writes.
+paper = Config(
+    skills=(),
+    teacher=ChatSettings(
+        model="gpt-4o", base_url="https://api.openai.com/v1", key_variable="OPENAI_API_KEY", cache="gpt-4o.sqlite"
+    ),
+    student="lora:rank=16,alpha=32,base=google/gemma-2-2b-it",
+    exam=Exam(validation=150, test=500, answer_length=350),
+    episode=Episode(budget=1200, rounds=10),
+    items=120,
+    output="runs/data_env/paper",
+    training=Training(
+        epochs=3, batch_size=16, accumulate=8, learning_rate=1e-4, schedule="cosine", warmup=0.1, precision="bf16"
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What the student is asked."""
+
+    validation: tuple[Item, ...]
+    test: tuple[Item, ...]
+
+
+def main(config: Config) -> Table:
+    """Let an agent teach a student for an episode; write rounds, student, table, pictures and report.
+
+    Raises:
+        UserError: a skill or a model is unknown, the folder holds another run, or the teacher fails too often.
+    """
+    folder = Path(config.output)
+    check_folder(folder, config, resume=config.resume)
+    task = make_task(config)
+    questions = draw_questions(config, task)
+    chat = None if config.teacher.model == SYMBOLIC else open_chat(config.teacher)
+    open_folder(folder, config, resume=config.resume)
+    pupil = make_pupil(config, task, questions, folder / "school")
+    environment, act = make_world(config, task, pupil, questions, chat)
+    info = begin(environment, config.training.seed)
+    while not environment.over:
+        action, lost = act(info)  # the agent sees the student, and acts
+        _, reward, _, _, info = environment.step(action)  # written, checked, taught anew on everything, examined
+        write_iteration(environment, info, reward, lost)
+        print(summary(environment, info, reward), flush=True)
+    return examine(config, pupil, questions)
+
+
+def begin(environment: DataEnvironment, seed: int) -> dict[str, Any]:
+    """The first round's ``info``, or that of the last whole round on the disk."""
+    rounds = read_iterations(environment.folder)
+    drop_later(environment.folder, len(rounds))
+    if rounds:
+        return environment.restore(rounds[-1].report["state"], [datum for one in rounds for datum in one.data])
+    _, info = environment.reset(seed=seed)
+    write_iteration(environment, info, 0.0, [])
+    return info
+
+
+def make_task(config: Config) -> Task:
+    """The task, in the short form for a character model and in the worded one for a language model."""
+    compact: Literal["compact", "worded"] = "worded" if config.student.startswith("lora:") else "compact"
+    if config.task == "math":
+        from preceptor.tasks.arithmetic import Arithmetic
+
+        return Arithmetic(compact, config.skills)
+    raise UserError("TODO")
+
+
+def draw_questions(config: Config, task: Task) -> Questions:
+    """Validation and test items, evenly over subskills; no test item is a validation item."""
+    validation: list[Item] = []
+    test: list[Item] = []
+    for skill, subskills in task.skills.items():
+        few, many = (-(-count // len(subskills)) for count in (config.exam.validation, config.exam.test))
+        for subskill in subskills:
+            drawn = task.items(few + many, seed=EXAM_SEED + config.training.seed, skill=skill, subskill=subskill)
+            validation += drawn[:few]
+            test += drawn[few:]
+    both = leaks(test, validation)
+    return Questions(tuple(validation), tuple(item for item in test if item.id not in both))
+
+
+EXAM_SEED, SCHOOL_SEED = 7_000_000, 8_000_000  # apart from the seeds of what is taught
+
+
+def make_pupil(config: Config, task: Task, questions: Questions, folder: Path) -> Pupil:
+    """The student at the start; ``small`` goes to school first, once for each ``folder``."""
+    adapter = ""
+    if config.student == SMALL:
+        if not (folder / "student").exists():
+            go_to_school(config, task, questions, folder)
+        first = load_pupil_model(folder / "student")
+    elif config.student.startswith("lora:"):
+        settings = config.student.removeprefix("lora:").split(",")
+        adapter = "lora:" + ",".join(one for one in settings if not one.startswith("base="))
+        first = load(next(one.removeprefix("base=") for one in settings if one.startswith("base=")))
+    else:
+        first = load_pupil_model(Path(config.student))
+    batch = 256 if config.student == SMALL else 16
+    length = config.exam.answer_length
+    return Pupil(first, task, config.training, adapter=adapter, answer_length=length, batch_size=batch)
+
+
+def go_to_school(config: Config, task: Task, questions: Questions, folder: Path) -> None:
+    """Teach a fresh small student unevenly: many items of each subskill, few of the weak ones; none of an exam."""
+    school, seed, items = config.school, config.training.seed, list[Item]()
+    for skill, subskills in task.skills.items():
+        for subskill in subskills:
+            count = school.few if f"{skill}/{subskill}" in school.weak else school.items
+            items += task.items(count, seed=SCHOOL_SEED + seed, skill=skill, subskill=subskill)
+    held_out = leaks(items, [*questions.validation, *questions.test])
+    lessons = [task.datum(item) for item in items if item.id not in held_out]
+    first = small_student(seed=seed, sees=config.task == "visual")
+    pupil = Pupil(first, task, replace(school.training, seed=seed))
+    shutil.rmtree(folder, ignore_errors=True)
+    pupil.learn(lessons, folder / "training")
+    pupil.save(folder / "student", card={"method": "school", "items": len(lessons), "weak": ", ".join(school.weak)})
+
+
+def make_world(
+    config: Config, task: Task, pupil: Pupil, questions: Questions, chat: Chat | None
+) -> tuple[DataEnvironment, Act]:
+    """The environment, and the agent that acts in it."""
+    seen, seed = config.agent == "with_state", config.training.seed
+    writer: Writer = ChatWriter(chat, task, least=config.least) if chat else Symbolic(task)
+    episode = replace(config.episode, reject_known=config.episode.reject_known and seen, blind=not seen)
+    folder, asked, test = Path(config.output) / ITERATIONS, questions.validation, questions.test
+    if config.environment == "open_ended":
+        pool = tuple(task.items(30, seed=SCHOOL_SEED - 1 - seed))
+        writes = OpenEndedAgent(writer, config.agent, pool, task.skills, items=config.items, seed=seed)
+
+        def hand_over(info: Mapping[str, Any]) -> tuple[Any, list[str]]:
+            data, lost = writes(info)
+            return as_action(data), lost
+
+        return OpenEnded(task, pupil, asked, folder=folder, test=test, episode=episode), hand_over
+    if config.environment == "skill_list":
+        listed = SkillList(
+            task, pupil, asked, writer=writer, folder=folder, test=test, episode=episode, hypotheses=config.hypotheses
+        )
+        allots = SkillListAgent(config.agent, listed.skills, items=config.items, seed=seed)
+        return listed, lambda info: (allots(info), [])
+    forest = SkillForest(task, pupil, asked, writer=writer, folder=folder, test=test, episode=episode)
+    chooses = SkillForestAgent(lambda skill: choose_policy(config, skill, forest.steps, chat))
+    return forest, lambda info: (forest.action(chooses(info)), [])
+
+
+def choose_policy(config: Config, skill: str, step: int, chat: Chat | None) -> Policy:
+    """Who acts for one skill of a tree in one round."""
+    if config.agent == "random":
+        return Chance(Random(f"{config.training.seed} {skill} {step}"), items=config.items // 3)
+    if config.policy in ("train_retrain", "accumulate"):
+        assert chat is not None
+        return Asked(chat, skill, "accumulate" if config.policy == "accumulate" else "train_retrain")
+    start = max(1, config.items // 15)
+    policies: dict[str, Policy] = {
+        "proportional": Proportional(start=start, items=config.items * 2 // 3),
+        "alternating": Alternating(),
+        "fill_balanced": FillBalanced(),
+        "threshold": Threshold(),
+    }
+    return policies[config.policy]
+
+
+def summary(environment: DataEnvironment, info: Mapping[str, Any], reward: float) -> str:
+    """A round in one line."""
+    return (
+        f"round {environment.steps}: {len(info['accepted'])} items accepted, "
+        f"{len(info['rejected']) + len(info['failures'])} rejected, {info['data']} in all; "
+        f"validation accuracy {info['report'].accuracy:.1%} ({reward:+.1%})"
+    )
+
+
+def examine(config: Config, pupil: Pupil, questions: Questions) -> Table:
+    """Ask the student of the best round and the untaught one the test items; write what a run leaves."""
+    folder = Path(config.output)
+    rounds = read_iterations(folder / ITERATIONS)
+    best = max((one for one in rounds if one.report["state"]["taught"]), key=_validation, default=rounds[0])
+    state = best.report["state"]
+    pupil.restart()
+    answers = {UNTAUGHT: complete(pupil.task, questions.test, pupil.answer(questions.test))}
+    if state["taught"]:
+        data = [datum for one in rounds for datum in one.data][: state["taught"]]
+        pupil.learn(data, folder / ITERATIONS / state["lesson"])
+        for name in ("metrics.jsonl", "environment.json"):
+            shutil.copy(folder / ITERATIONS / state["lesson"] / name, folder / name)
+    answers[TAUGHT] = complete(pupil.task, questions.test, pupil.answer(questions.test))
+    card = {"teacher": config.teacher.model, "method": "data_env", "items": state["taught"], "round": best.number}
+    pupil.save(folder / "student", card=card)
+    table = compare_students(config, answers, rounds, best)
+    before, after = (report(one).accuracy for one in answers.values())
+    headline = f"Accuracy on test items went from {before:.1%} to {after:.1%} with {state['taught']} written items."
+    told = [
+        {"prompt": item.instruction, "answers": {name: done[place].response for name, done in answers.items()}}
+        for place, item in list(enumerate(questions.test))[:: max(1, len(questions.test) // 6)][:6]
+    ]
+    write_result(
+        folder, table, told, headline=headline, command=f"preceptor run data_env --config {folder}/config.json"
+    )
+    draw_episode(folder / "pictures", rounds)
+    table.print()
+    print(f"The student: {folder / 'student'}\nThe page: {write_report(folder)}")
+    return table
+
+
+def _validation(one: Iteration) -> float:
+    return float(one.report["accuracy"])
+
+
+def compare_students(
+    config: Config, answers: Mapping[str, list[Completed]], rounds: list[Iteration], best: Iteration
+) -> Table:
+    """Accuracy on test items by skill, untaught and taught, beside the items written for it and why others were not."""
+    table = Table(f"data_env: {config.environment}, {config.task}, {config.agent}", [*answers, "items", "rejected"])
+    reports = {name: report(done) for name, done in answers.items()}
+    kept = [datum for one in rounds for datum in one.data]
+    lost = [one for part in rounds for one in part.rejected]
+    for skill in reports[UNTAUGHT].skills:
+        table.rows[skill] = {
+            name: _share(one.skills[skill].accuracy, one.skills[skill].count) for name, one in reports.items()
+        }
+        table.rows[skill] |= {"items": sum(datum.skill == skill for datum in kept)}
+        table.rows[skill] |= {"rejected": sum(one.get("skill") == skill for one in lost)}
+    table.rows["all"] = {name: _share(one.accuracy, one.count) for name, one in reports.items()}
+    table.rows["all"] |= {"items": len(kept), "rejected": len(lost)}
+    table.units = dict.fromkeys(answers, "%")
+    table.better = dict.fromkeys(answers, "higher")
+    reasons: dict[str, int] = {}
+    for one in lost:
+        reasons[one["reason"]] = reasons.get(one["reason"], 0) + 1
+    table.notes = [
+        f"Test items, ± binomial standard error. The student of round {best.number} of {len(rounds) - 1}, the best on "
+        f"validation ({best.report['accuracy']:.1%}; {rounds[0].report['accuracy']:.1%} before).",
+        "Rejected: "
+        + ("; ".join(f"{count} × {reason}" for reason, count in sorted(reasons.items())) or "nothing")
+        + ".",
+    ]
+    return table
+
+
+def _share(share: float, count: int) -> Value:
+    return Value(100 * share, 100 * (share * (1 - share) / count) ** 0.5, count)
+
+
+# What the reproduction compares, at an equal number of accepted items
+ARMS = {
+    "with_state": "the agent sees the student's answers",
+    "no_state": "the same agent, shown nothing: evenly over skills and subskills",
+    "random": "chance decides how many items each skill gets",
+    "shuffled": "control: the items of with_state, their answers exchanged within each subskill",
+}
+STUDIES = {
+    "open-ended, math": Config(),
+    "skill list, math": Config(environment="skill_list"),
+    "skill tree, math": Config(environment="skill_tree"),
+}
+
+
+def reproduce(seeds: int, folder: Path, full: bool) -> Table:
+    """With state against without, against chance and against a control, in the three environments, with exact teachers.
+
+    A small student that was taught unevenly is taught on until the budget of accepted items is used up, the same number
+    in every arm; no arm leaves out what the student knows, since to know that is to see its state. Arms without state
+    are taught once, at the end: nothing that they do depends on what would come between. Figures are means over skills
+    on at least 200 test items each, of the last student, without a choice among rounds. ``full``: twice the items.
+    """
+    done = {name: [one_seed(name, seed, folder, full=full) for seed in range(seeds)] for name in STUDIES}
+    columns = ["test accuracy", "gain", "accepted", "written"]
+    table = Table("data_env: agents that write what a small student is taught", columns)
+    table.units, table.better = {"test accuracy": "%", "gain": "%"}, {"test accuracy": "higher", "gain": "higher"}
+    for name, figures in done.items():
+        for arm in ("untaught", *ARMS):
+            cells = {column: [one[arm][column] for one in figures] for column in columns}
+            table.rows[f"{name}: {arm}"] = {column: mean_of(values) for column, values in cells.items()}
+        table.claims += claims(name, figures)
+    table.notes = [f"{arm}: {what}." for arm, what in ARMS.items()]
+    table.notes.append(f"Mean ± standard error over {seeds} seeds; comparisons are paired by seed.")
+    return table
+
+
+def claims(name: str, figures: list[dict[str, dict[str, float]]]) -> list[Claim]:
+    """What must be observed in one study."""
+    seen, blind, chance, control = ([one[arm]["test accuracy"] for one in figures] for arm in ARMS)
+    start = [one["untaught"]["test accuracy"] for one in figures]
+    gain = compare(control, start, "", better="higher")
+    return [
+        compare(seen, blind, f"{name}: seeing the student beats the same agent without state", better="higher").claim,
+        compare(seen, chance, f"{name}: seeing the student beats chance", better="higher").claim,
+        Claim(f"{name}: shuffled answers teach nothing", gain.claim.figure, not gain.claim.holds),
+    ]
+
+
+def one_seed(name: str, seed: int, folder: Path, *, full: bool) -> dict[str, dict[str, float]]:
+    """The figures of a study's arms for one seed; each arm's are kept once it is done."""
+    config = STUDIES[name]
+    size = 2 if full else 1
+    config = replace(
+        config,
+        episode=replace(config.episode, budget=config.episode.budget * size, reject_known=False),
+        training=replace(config.training, seed=seed),
+    )
+    task = make_task(config)
+    questions = draw_questions(config, task)
+    pupil = make_pupil(config, task, questions, folder / f"school-{config.task}-{seed}")
+    path = folder / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}{'-full' if full else ''}"
+    figures: dict[str, dict[str, float]] = {}
+    for arm in ("untaught", *ARMS):
+        kept = path / arm / "figures.json"
+        if not kept.exists():
+            shutil.rmtree(path / arm, ignore_errors=True)
+            counts = teach_arm(replace(config, output=str(path / arm)), arm, task, pupil, questions, path)
+            skills = report(complete(task, questions.test, pupil.answer(questions.test))).skills.values()
+            accuracy = 100 * sum(one.accuracy for one in skills) / len(skills)
+            gain = accuracy - figures["untaught"]["test accuracy"] if figures else 0.0
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(kept, json.dumps({"test accuracy": accuracy, "gain": gain, **counts}) + "\n")
+            print(f"{name}, seed {seed}, {arm}: {accuracy:.1f} % ({gain:+.1f})", flush=True)
+        figures[arm] = json.loads(kept.read_text(encoding="utf-8"))
+    return figures
+
+
+def teach_arm(config: Config, arm: str, task: Task, pupil: Pupil, questions: Questions, path: Path) -> dict[str, float]:
+    """Teach the student as an arm has it; how many items were accepted, and how many written for that."""
+    pupil.restart()
+    if arm == "untaught":
+        return {"accepted": 0, "written": 0}
+    if arm == "shuffled":
+        data = [datum_from(row) for row in read_lines(path / "with_state" / "data.jsonl")]
+        pupil.learn(shuffled(data, config.training.seed), Path(config.output) / "training")
+        return {"accepted": len(data), "written": len(data)}
+    seen = arm == "with_state"
+    episode = replace(config.episode, train_every=1 if seen else config.episode.rounds)
+    config = replace(config, agent="with_state" if seen else "no_state" if arm == "no_state" else "random")
+    environment, act = make_world(replace(config, episode=episode), task, pupil, questions, None)
+    _, info = environment.reset(seed=config.training.seed)
+    written = 0
+    while not environment.over:
+        action, _ = act(info)
+        _, _, _, _, info = environment.step(action)
+        written += len(info["checks"])
+    lines = [json.dumps(datum_json(datum)) + "\n" for datum in environment.data]
+    Path(config.output).mkdir(parents=True, exist_ok=True)
+    write_whole(Path(config.output) / "data.jsonl", "".join(lines))
+    shutil.rmtree(environment.folder, ignore_errors=True)
+    return {"accepted": len(environment.data), "written": written}
+
+
+def shuffled(data: list[Datum], seed: int) -> list[Datum]:
+    """The same items, each with another one's answer: answers move on by one in a random order of each subskill."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for place, datum in enumerate(data):
+        groups.setdefault((datum.skill, datum.subskill), []).append(place)
+    answers = [datum.response for datum in data]
+    for places in groups.values():
+        order = Random(seed).sample(places, len(places))
+        for here, there in zip(order, order[1:] + order[:1]):
+            answers[here] = data[there].response
+    return [replace(datum, response=answer) for datum, answer in zip(data, answers)]
