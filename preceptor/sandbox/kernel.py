@@ -54,6 +54,8 @@ class Kernel:
             raise OSError(f"no table of system calls for {self.machine}")
         self.library = ctypes.CDLL(None, use_errno=True)
         self.numbers = syscalls.numbers(self.machine)
+        codes = {notify: self._code(notify) for notify in (False, True)}
+        self.programs = {key: b"".join(struct.pack("<HBBI", *one) for one in code) for key, code in codes.items()}
 
     def call(self, number: int, *arguments: object) -> int:
         """A system call.
@@ -178,10 +180,9 @@ class Kernel:
         Raises:
             OSError: the kernel refuses.
         """
-        code = self._code(notify)
-        program = b"".join(struct.pack("<HBBI", *one) for one in code)
+        program = self.programs[notify]
         instructions = ctypes.create_string_buffer(program, len(program))
-        described = _Program(len(code), ctypes.addressof(instructions))
+        described = _Program(len(program) // 8, ctypes.addressof(instructions))
         return self.call(self.numbers["seccomp"], 1, 8 if notify else 0, ctypes.byref(described))
 
     def _code(self, notify: bool) -> list[tuple[int, int, int, int]]:

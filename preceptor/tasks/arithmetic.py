@@ -15,7 +15,7 @@ from typing import Literal
 
 from preceptor.tasks import Datum, Item, same_length
 from preceptor.tasks.answers import same, written
-from preceptor.tasks.sampling import draw_items, select
+from preceptor.tasks.sampling import draw_items, only_skills
 
 FORMAT = "Show the working, then end with a line that holds #### and the number."
 
@@ -47,13 +47,7 @@ class Arithmetic:
         Raises:
             UserError: ``only`` names a skill or a subskill that there is not.
         """
-        everything = {skill: tuple(subskills) for skill, subskills in SKILLS.items()}
-        chosen: dict[str, tuple[str, ...]] = {}
-        for name in self.only:
-            skill, _, subskill = name.partition("/")
-            found = select(everything, skill, subskill or None)[skill]
-            chosen[skill] = (*chosen.get(skill, ()), *found)
-        return chosen or everything
+        return only_skills({skill: tuple(subskills) for skill, subskills in SKILLS.items()}, self.only)
 
     def items(self, count: int, *, seed: int, skill: str | None = None, subskill: str | None = None) -> list[Item]:
         """Problems, evenly over the (sub)skills asked for; see ``Task.items``.

@@ -67,6 +67,19 @@ def select(
     return found
 
 
+def only_skills(skills: Mapping[str, tuple[str, ...]], only: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """The skills (``addition``) and subskills (``addition/two_digit``) that are named; all of them where none is.
+
+    Raises:
+        UserError: a skill or a subskill is unknown.
+    """
+    chosen: dict[str, tuple[str, ...]] = {}
+    for name in only:
+        skill, _, subskill = name.partition("/")
+        chosen[skill] = (*chosen.get(skill, ()), *select(skills, skill, subskill or None)[skill])
+    return chosen or dict(skills)
+
+
 def _unseen(
     make: Callable[[str, str, random.Random], Item], skill: str, subskill: str, stream: random.Random, seen: set[object]
 ) -> Item:
