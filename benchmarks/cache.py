@@ -369,15 +369,21 @@ def draw(points: dict[str, dict[str, float]], tokens: int, path: Path) -> None:
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    looks = {"hidden": "o-", "top_k": "s-", "sampled": "^-", "distillkit": "x--"}
-    for kind, look in looks.items():
-        curve = sorted((one["bytes"], one["kl"]) for name, one in points.items() if name.startswith(kind + "/"))
+    looks = {
+        "hidden/": ("o-", "hidden states"),
+        "top_k/": ("s-", "top-k with tail"),
+        "sampled/": ("^-", "samples"),
+        "distillkit/best": ("x--", "DistillKit, the best of its settings"),
+        "distillkit/k": ("+", "DistillKit, recommended"),
+    }
+    for kind, (look, label) in looks.items():
+        curve = sorted((one["bytes"], one["kl"]) for name, one in points.items() if name.startswith(kind))
         if curve:
-            axes.plot(
-                *zip(*curve), look, label={"top_k": "top-k with tail", "distillkit": "DistillKit"}.get(kind, kind)
-            )
+            axes.plot(*zip(*curve), look, label=label)
     axes.set(xscale="log", yscale="log", xlabel="bytes a token", ylabel="KL(teacher ‖ decoded), nat a token")
     axes.set_title(f"SmolLM2 on GSM8K, {tokens:,} response tokens")
+    axes.set_xticks([30, 50, 100, 200, 300, 450, 600], ["30", "50", "100", "200", "300", "450", "600"])
+    axes.set_xticks([], minor=True)
     axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
