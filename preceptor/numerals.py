@@ -13,9 +13,7 @@ from preceptor.tasks import answers
 
 _UNSIGNED = re.compile(r"\d+(?:\.\d+)?")
 _CLOSE = 1e-7
-_ONES = (
-    "zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen|seventeen"
-)
+_ONES = "zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve"
 _TEENS = "thirteen|fourteen|fifteen|sixteen|seventeen|eighteen|nineteen"
 _TENS = "twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety"
 _VALUES = {word: value for value, word in enumerate(f"{_ONES}|{_TEENS}".split("|"))}
