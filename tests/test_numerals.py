@@ -2,13 +2,10 @@ import pytest
 
 from preceptor.numerals import final_is, in_digits, mentions
 
-WORDS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen twenty"
-).split()
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"]
 
 
-@pytest.mark.parametrize(("value", "word"), enumerate(WORDS))
+@pytest.mark.parametrize(("value", "word"), list(enumerate(WORDS)))
 def test_every_number_word_has_its_value(value, word):
     assert in_digits(word) == str(value)
 
