@@ -182,26 +182,52 @@ def momentum_at(start: float, step: int, total: int) -> float:
     return 1 - (1 - start) * 0.5 * (1 + math.cos(math.pi * step / total))
 
 
+def lesson(
+    student: Student,
+    predict: nn.Module,
+    teacher: MomentumTeacher,
+    words: Vocabularies,
+    seen: Tensor,
+    views: list[Tensor],
+    momentum: float,
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Steps 1 to 4 and the loss of a batch, in the paper's order.
+
+    Args:
+        student: what learns.
+        predict: the student as it is called, which several processes wrap.
+        teacher: its momentum copy, which moves.
+        words: the vocabularies, which are renewed.
+        seen: the teacher's views (B, C, H, W).
+        views: the student's, by kind (B·n, C, h, w).
+        momentum: α of this step.
+
+    Returns:
+        By kind of view the sum over images of the mean KL over levels and views; by level the bags (B, K).
+    """
+    predicted = predict(views, words.now())
+    teacher.follow(student.backbone, momentum)
+    with torch.no_grad():
+        maps = teacher.model(seen)
+    bags = words(maps)
+    levels = [[bag_divergence(bag, logits) for bag, logits in zip(bags.values(), kind)] for kind in predicted]
+    return [torch.stack(kl).mean(0).sum() for kl in levels], bags
+
+
 def learn(
     run: Run, config: Config, student: Student, teacher: MomentumTeacher, words: Vocabularies, images: Images
 ) -> None:
-    """The loop: predict with the words as they are, move the teacher, make bags and renew the words, update."""
+    """The loop: one lesson a step, and what it says of the words."""
     watch = Watch(config.words, config.training.batch_size)
     for name, thing in (("teacher", teacher), ("words", words), ("watch", watch)):
         run.remember(name, thing)
     for batch in run.batches(range(len(images)), images.take):
-        predicted = run.student(student_views(batch, config.views), words.now())
-        teacher.follow(student.backbone, momentum_at(config.momentum, run.step, run.total))
-        with torch.no_grad():
-            maps = teacher.model(teacher_view(batch, config.views))
-        bags = words(maps)
-        kinds = [
-            torch.stack([bag_divergence(*pair) for pair in zip(bags.values(), logits)]).mean(0).sum()
-            for logits in predicted
-        ]
+        seen, views = teacher_view(batch, config.views), student_views(batch, config.views)
+        momentum = momentum_at(config.momentum, run.step, run.total)
+        kinds, bags = lesson(student, run.student, teacher, words, seen, views, momentum)
+        used = {name: (*perplexities(bag), float(words.of(name).distance)) for name, bag in bags.items()}
         parts = {f"kl_{kind}": kl for kind, kl in zip(config.views.kinds, kinds)}
         parts["target_entropy"] = torch.stack([torch.special.entr(bag).sum() for bag in bags.values()]).mean()
-        used = {name: (*perplexities(bag), float(words.of(name).distance)) for name, bag in bags.items()}
         try:
             run.update(torch.stack(kinds).sum(), len(batch), parts)
         except NonFiniteLoss as error:
@@ -256,7 +282,7 @@ def examine(
     folder, view = Path(config.output), partial(whole, views=config.views)
     card = {"method": "obow", "data": config.data or f"{len(lessons):,} images", "images": f"{len(lessons):,}"}
     save_backbone(folder / "student", student.backbone, config.backbone, lessons.channels, card)
-    seeing = copy.deepcopy(teacher.model).eval()
+    seeing = copy.deepcopy(teacher.model)  # in training mode, as it made the words
     for name in words.levels:
         draw_words(folder / "pictures" / f"words_{name}.png", name, words.of(name), seeing, exam, view)
     table = Table(f"{config.backbone} on {len(lessons):,} images without labels", [])

@@ -27,9 +27,9 @@ def render(contents: Contents) -> str:
         _header(contents, name),
         _table_section(contents.table),
         _claims(contents.table),
+        _pictures(contents),
         _curves(contents),
         _samples(contents),
-        _pictures(contents),
         _repeat(contents),
         _pairs("Settings", contents.config),
         _pairs("Environment", contents.environment),
@@ -223,7 +223,9 @@ def _pictures(contents: Contents) -> str:
         f"<figcaption>{escape(picture.caption)}</figcaption></figure>"
         for picture in contents.pictures
     )
-    return f'<section>\n<h2>Pictures</h2>\n<div class="pictures">{figures}</div>\n</section>' if figures else ""
+    return (
+        f'<section>\n<h2>What it looks like</h2>\n<div class="pictures">{figures}</div>\n</section>' if figures else ""
+    )
 
 
 def _repeat(contents: Contents) -> str:
