@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import sys
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -99,10 +100,11 @@ class Gate:
         prompt, completion = size.prompt, size.completion
         seconds = min(self.limits.call_seconds, self.deadline - now)
         try:
-            said = await asyncio.wait_for(make(), seconds)
+            with _Within(seconds):
+                said = await make()
             prompt, completion = taken(said)
             return said
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise CallFailed(f"no answer within {seconds:.3g} s", again=True, charged=True) from None
         except CallFailed as failed:
             if not failed.charged:
@@ -114,6 +116,34 @@ class Gate:
             begun.tokens = prompt + completion
             self.under_way -= 1
             self.settled.set()
+
+
+class _Within:
+    """Breaks off what is awaited inside after so many seconds, with a TimeoutError.
+
+    Unlike ``asyncio.wait_for`` it makes no task: each task that a call needs lets all others go first, so that calls
+    which came back together would also leave together.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._over = seconds, False
+
+    def __enter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._timer = asyncio.get_running_loop().call_later(self._seconds, self._expire)
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self._timer.cancel()
+        if self._over and kind is asyncio.CancelledError:
+            if sys.version_info >= (3, 11):
+                self._task.uncancel()
+            raise TimeoutError
+
+    def _expire(self) -> None:
+        self._over = True
+        self._task.cancel()
 
 
 @dataclass
@@ -171,6 +201,10 @@ class Asking:
                     self._reply(job, Reply(answer.text, error=error))
                 elif self._advance(job, answer):
                     going.append(job)
+                elif again and self._replies[job.places[0]].error:  # the limit on attempts is another one now
+                    job.prompt_tokens -= answer.prompt_tokens
+                    job.completion_tokens -= answer.completion_tokens
+                    open_jobs.append(job)
             asked = going
         return sorted(open_jobs, key=lambda job: job.places[0])
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
+import importlib.util
 import json
 import math
 import os
 import re
 import time
 import urllib.parse
-import urllib.request
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -18,7 +18,7 @@ from preceptor.errors import UserError
 from preceptor.language.messages import Answer, CallFailed, Likelihoods, Message, Request
 
 if TYPE_CHECKING:
-    import aiohttp
+    from preceptor.language.connection import Connections
 
 PER_MESSAGE = 16  # tokens at most that a chat template puts around a message
 PER_REQUEST = 64  # tokens at most that it puts before all of them (a date, its own system prompt)
@@ -50,19 +50,18 @@ class Endpoint:
     group = 1
 
     def __init__(self, base_url: str, model: str, *, key_variable: str = "", native_schema: bool = False) -> None:
-        try:
-            import aiohttp  # noqa: F401  # takes a third of a second: not within the first call
-        except ModuleNotFoundError:
-            raise UserError('An endpoint needs the package aiohttp: run `pip install "preceptor[teachers]"`.') from None
+        if importlib.util.find_spec("httptools") is None:
+            raise UserError('An endpoint needs the package httptools: run `pip install "preceptor[teachers]"`.')
         if not model:
             raise UserError(f"No model is named for the endpoint {base_url}: give the name that it has there.")
         self.base_url, self.model = _check_url(base_url), model
+        self._path = urllib.parse.urlsplit(self.base_url).path
         self.identity = f"endpoint {self.base_url} {model}{' native_schema' if native_schema else ''}"
         self._native_schema = native_schema
         self._key_variable = key_variable
         self._key = _Key(_read_key(key_variable) if key_variable else "")
         self._limit = "max_tokens"
-        self._session: aiohttp.ClientSession | None = None
+        self._connections: Connections | None = None
         self._reached = self._answered = False
 
     def prompt_bound(self, request: Request) -> int:
@@ -92,7 +91,8 @@ class Endpoint:
         prompt, completion = used.get("prompt_tokens"), used.get("completion_tokens")
         if not isinstance(prompt, int) or not isinstance(completion, int):
             prompt, completion = self.prompt_bound(request), request.max_tokens
-        return [Answer(self._hide(text), prompt, completion, cut=finish == "length")]
+        sound = self._hide(text).encode("utf-8", "replace").decode()  # JSON may bring half a character
+        return [Answer(sound, prompt, completion, cut=finish == "length")]
 
     async def log_probabilities(self, messages: Sequence[Message], continuations: Sequence[str]) -> Likelihoods:
         """Of each token of each continuation, in nats, by ``prompt_logprobs``, which vLLM knows.
@@ -122,9 +122,9 @@ class Endpoint:
 
     async def close(self) -> None:
         """Close the connections."""
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        if self._connections is not None:
+            self._connections.close()
+            self._connections = None
 
     def _body(self, request: Request) -> dict[str, Any]:
         body: dict[str, Any] = {
@@ -143,53 +143,39 @@ class Endpoint:
         return body
 
     async def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        import aiohttp
+        from preceptor.language.connection import Unreachable
 
-        session = self._session = self._session or self._open()
+        connections = self._connections = self._connections or self._connect()
         try:
-            async with session.post(
-                self.base_url + path, data=json.dumps(body).encode(), allow_redirects=False
-            ) as response:
-                raw, status, headers = await response.read(), response.status, response.headers
-        except (aiohttp.ClientConnectorError, aiohttp.InvalidURL) as error:
+            response = await connections.call("POST", self._path + path, json.dumps(body).encode())
+        except Unreachable as error:
             if not self._reached:
                 raise UserError(
-                    f"Nothing answers at {self.base_url} ({self._hide(str(error))}): start the server, or correct "
-                    "the address."
+                    f"Nothing answers at {self.base_url} ({error}): start the server, or correct the address."
                 ) from None
-            raise CallFailed(f"no connection ({self._hide(str(error))})", again=True) from None
-        except (aiohttp.ClientError, OSError) as error:
-            why = f"the connection broke ({self._hide(str(error)) or type(error).__name__})"
-            raise CallFailed(why, again=True, charged=True) from None
+            raise CallFailed(f"no connection ({error})", again=True) from None
+        except OSError as error:
+            raise CallFailed(f"the connection broke ({self._hide(str(error))})", again=True, charged=True) from None
         self._reached = True
-        text = self._hide(raw.decode("utf-8", "replace"))
-        if status != 200:
-            await self._refuse(status, text, headers)
-        self._answered = True
+        text = self._hide(response.body.decode("utf-8", "replace"))
+        if response.status != 200:
+            await self._refuse(response.status, text, response.headers)
         try:
             said = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             said = None
         if not isinstance(said, dict):
             raise CallFailed(f"the answer is not JSON ({_shorten(text)!r})", again=True, charged=True)
+        self._answered = True
         return said
 
-    def _open(self) -> aiohttp.ClientSession:
-        import aiohttp
+    def _connect(self) -> Connections:
+        from preceptor.language.connection import Connections
 
-        headers = {"Content-Type": "application/json", "User-Agent": "preceptor"}
+        headers = {"User-Agent": "preceptor", "Content-Type": "application/json", "Accept": "application/json"}
         if self._key.text:
             headers["Authorization"] = f"Bearer {self._key.text}"
-        host = urllib.parse.urlsplit(self.base_url)
-        proxy = None if urllib.request.proxy_bypass(host.netloc) else urllib.request.getproxies().get(host.scheme)
-        # The chat bounds how many calls are under way and how long each may take.
-        return aiohttp.ClientSession(
-            headers=headers,
-            proxy=proxy,
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
-            timeout=aiohttp.ClientTimeout(total=None),
-            cookie_jar=aiohttp.DummyCookieJar(),
-        )
+        return Connections(self.base_url, headers)
 
     async def _refuse(self, status: int, text: str, headers: Mapping[str, str]) -> NoReturn:
         """Raise what an answer other than 200 means."""
@@ -207,7 +193,7 @@ class Endpoint:
                 f"completions ({reason}): {await self._models()}."
             )
         if 300 <= status < 400:
-            reason = f"{status}, moved to {self._hide(headers.get('Location', 'nowhere'))}: correct base_url"
+            reason = f"{status}, moved to {self._hide(headers.get('location', 'nowhere'))}: correct base_url"
         if status == 400 and "max_completion_tokens" in text:  # what OpenAI's newer models call it
             self._limit = "max_completion_tokens"
             raise CallFailed(reason, again=True, wait=0.0)
@@ -216,10 +202,10 @@ class Endpoint:
 
     async def _models(self) -> str:
         """What to do about a model that is not there: the names that are."""
-        assert self._session is not None
+        assert self._connections is not None
         try:
-            async with self._session.get(self.base_url + "/models", allow_redirects=False) as response:
-                listed = json.loads(self._hide((await asyncio.wait_for(response.read(), 5)).decode()))
+            asked = self._connections.call("GET", self._path + "/models")
+            listed = json.loads(self._hide((await asyncio.wait_for(asked, 5)).body.decode()))
             names = [str(model["id"]) for model in listed["data"]]
         except Exception:  # whatever goes wrong, the error that is being told is another one
             names = []
@@ -278,6 +264,7 @@ def _check_url(url: str) -> str:
     try:
         parts = urllib.parse.urlsplit(url)
         sound = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
+        sound = sound and url.isascii() and url.isprintable() and " " not in url
     except ValueError:
         sound = False
     if not sound:
@@ -294,7 +281,7 @@ def _message(text: str) -> str:
     """What the body of a refusal says."""
     try:
         said = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return _shorten(text)
     for name in ("error", "message", "detail"):
         while isinstance(said, dict) and name in said:
@@ -311,7 +298,7 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds that the endpoint asks to wait, from Retry-After in seconds or as a date, or its milliseconds."""
     asked, factor = headers.get("retry-after-ms"), 1e-3
     if asked is None:
-        asked, factor = headers.get("Retry-After"), 1.0
+        asked, factor = headers.get("retry-after"), 1.0
     if asked is None:
         return None
     try:

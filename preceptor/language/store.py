@@ -51,7 +51,8 @@ class Kept:
 
 def key_of(identity: str, call: Request) -> bytes:
     """32 bytes that name a call: SHA-256 of the backend's identity and every field of the request."""
-    return hashlib.sha256(f"{identity}\n{_write(call)}".encode("utf-8", "surrogatepass")).digest()
+    fields = json.dumps(vars(call), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(f"{identity}\n{fields}".encode("utf-8", "surrogatepass")).digest()
 
 
 class Store:
@@ -110,16 +111,19 @@ class Store:
                 row.key,
                 identity,
                 _write(row.request),
-                row.answer.text,
+                _sound(row.answer.text),
                 row.answer.prompt_tokens,
                 row.answer.completion_tokens,
                 row.answer.cut,
-                row.error,
+                _sound(row.error),
                 now,
             )
             for row in rows
         ]
         try:
+            if len(values) == 1:  # a transaction of its own
+                self._file.execute(KEEP, values[0])
+                return
             self._file.execute("BEGIN IMMEDIATE")
             self._file.executemany(KEEP, values)
             self._file.execute("COMMIT")
@@ -142,7 +146,12 @@ class Store:
 
 
 def _write(request: Request) -> str:
-    return json.dumps(vars(request), sort_keys=True, separators=(",", ":"))
+    return json.dumps(vars(request))  # in the order given: a schema is told to the model in that order
+
+
+def _sound(text: str) -> str:
+    """The text with a question mark for each half of a character, which no file can hold."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _read(text: str) -> Request:

@@ -80,16 +80,18 @@ def _values(text: str) -> Iterator[Any]:
     """
     rest = text.strip()
     fenced = FENCED.fullmatch(rest)
-    for form in (rest, fenced.group(1)) if fenced else (rest,):
+    for form in (rest, fenced.group(1).strip()) if fenced else (rest,):
         try:
-            yield _DECODER.decode(form)
-        except ValueError:
+            value, end = _decode(form)
+        except json.JSONDecodeError:
             continue
+        if end == len(form):
+            yield value
     while found := BRACKET.search(rest):
         rest = rest[found.start() :]
         for form in (rest, STRING_OR_COMMA.sub(_keep_string, rest)):
             try:
-                value, end = _DECODER.raw_decode(form)
+                value, end = _decode(form)
             except json.JSONDecodeError as error:
                 broken = error.pos
                 continue
@@ -100,6 +102,14 @@ def _values(text: str) -> Iterator[Any]:
             if rest[1:broken].strip():
                 return
             rest = rest[1:]
+
+
+def _decode(text: str) -> tuple[Any, int]:
+    """The value that a text begins with, and where it ends."""
+    try:
+        return _DECODER.raw_decode(text)
+    except RecursionError as error:
+        raise json.JSONDecodeError("nested too deeply", text, len(text)) from error
 
 
 def _keep_string(found: re.Match[str]) -> str:
@@ -117,8 +127,8 @@ def _references(schema: Any) -> Iterator[str]:
 def _complaint(text: str) -> str:
     start = BRACKET.search(text)
     try:
-        _DECODER.decode(text[start.start() :] if start else text)
-    except ValueError as error:
+        _decode(text[start.start() :] if start else text)
+    except json.JSONDecodeError as error:
         return str(error)
     return "it ends too early"
 
