@@ -69,6 +69,7 @@ class Sandbox:
             send whatever this user can: only for programs that you have read.
         python: the interpreter, of this version; another one may be readable to nobody, where this one lies in root's
             home.
+        without: layers to do without (landlock, filter, notify, namespaces), to see what the others hold.
     """
 
     def __init__(
@@ -78,11 +79,13 @@ class Sandbox:
         workers: int = 0,
         allow_weak: bool = False,
         python: str = sys.executable,
+        without: tuple[str, ...] = (),
     ) -> None:
         self.limits = limits
         self.workers = workers or len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
         self.allow_weak = allow_weak
         self.python = python
+        self.without = without
         self._idle: queue.LifoQueue[WorkerProcess] = queue.LifoQueue()
         self._started = 0
 
@@ -151,6 +154,7 @@ class Sandbox:
     def _settings(self) -> dict[str, Any]:
         limits = self.limits
         return {
+            "without": list(self.without),
             "memory": limits.memory << 20,
             "processor": limits.processor,
             "wall": limits.wall,

@@ -7,10 +7,12 @@ process, and why a program was stopped is said by the supervisor.
 from __future__ import annotations
 
 import array
+import contextlib
 import json
 import os
 import random
 import socket
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
@@ -41,6 +43,8 @@ def run_program(source: str, calls: Sequence[str], ends: Ends, kernel: Kernel, s
         _confine(ends, kernel, settings)
         status = 0
         _execute(source, calls, ends.results)
+        with contextlib.suppress(Exception):  # the program may have replaced or closed it
+            sys.stdout.flush()
     except MemoryError:
         status = OUT_OF_MEMORY
     except BaseException:  # the kernel refused a layer, or the program broke what reports of it

@@ -219,7 +219,7 @@ class Kernel:
         start = self.memory(process, address, 4096 - address % 4096)
         if start and b"\0" not in start:
             start += self.memory(process, address + len(start), 4096)
-        return os.fsdecode(start.partition(b"\0")[0])
+        return start.partition(b"\0")[0].decode("utf-8", "backslashreplace")
 
     def memory(self, process: int, address: int, length: int) -> bytes:
         """So many bytes of another process's memory, from one page of it; empty when they cannot be read."""

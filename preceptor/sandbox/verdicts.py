@@ -76,6 +76,7 @@ def conclude(told: Mapping[str, Any], tests: Sequence[Expectation]) -> Verdict:
         reason, detail = Reason.EXIT, f"{len(lines)} of {len(tests)} calls were answered"
     else:
         reason, detail = Reason.PASSED, ""
+    detail = detail.encode("utf-8", "backslashreplace").decode()  # a lone surrogate could not be printed
     return Verdict(reason, detail, right, len(tests), float(told["seconds"]), str(told["output"]))
 
 
@@ -97,7 +98,7 @@ def _ended(status: int) -> tuple[Reason, str] | None:
 def _mark(line: str, test: Expectation) -> tuple[Reason, str]:
     """What one line of the results says of one test. A line can hold anything: the program can write lines too."""
     try:
-        told = json.loads(line)
+        told = json.loads(line, parse_int=lambda digits: int(digits[:12]))
         if "error" in told:
             return _error(str(told["error"])[:80], str(told["message"])[:300], told["line"])
         given = decode(told["value"])
@@ -118,6 +119,6 @@ def _error(name: str, message: str, line: Any) -> tuple[Reason, str]:
 def _short(value: Any) -> str:
     try:
         text = repr(value)
-    except ValueError:  # an integer of more digits than Python writes
-        return "a very long number"
+    except (ValueError, RecursionError):  # an integer of more digits than Python writes
+        return "a very long value"
     return text if len(text) <= 80 else f"{text[:77]}..."

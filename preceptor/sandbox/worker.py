@@ -14,11 +14,10 @@ import importlib
 import json
 import os
 import posixpath
+import re
 import select
-import shutil
 import signal
 import socket
-import stat
 import struct
 import sys
 import sysconfig
@@ -34,7 +33,8 @@ from preceptor.sandbox.kernel import CONTINUE, RECEIVE, SEND, Kernel
 
 LONGEST_RESULTS = 1 << 20  # bytes that a program may return over all its calls
 AT_EASE = ("/dev/", "/etc/ld.so", "/etc/localtime", "/usr/share/zoneinfo", "/usr/lib/locale", "/usr/share/locale")
-"""What the interpreter and the C library look for by themselves. It is refused, and the program goes on."""
+"""What the interpreter and the C library look for by themselves, as they do for shared libraries. It is refused, and
+the program goes on."""
 PRELOADED = (
     "abc array ast base64 bisect calendar cmath collections collections.abc contextlib copy csv ctypes dataclasses "
     "datetime decimal enum fractions functools hashlib heapq io itertools json math numbers operator random re "
@@ -57,10 +57,14 @@ class Watch:
     made: int = 0
     written: dict[int, bytearray] = field(default_factory=dict)
 
-    def end(self, why: str, detail: str) -> None:
-        """Kill the program; the first reason counts."""
+    def blame(self, why: str, detail: str) -> None:
+        """Say why the program failed; the first reason counts."""
         if not self.why:
             self.why, self.detail = why, detail
+
+    def end(self, why: str, detail: str) -> None:
+        """Kill the program, and say why."""
+        self.blame(why, detail)
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.process, signal.SIGKILL)
 
@@ -68,8 +72,8 @@ class Watch:
 class Worker:
     """The confined interpreter that forks programs.
 
-    ``settings``: folder (where programs run), memory, processor, wall, file, files, output, descriptors, as
-    ``Limits`` names them, sizes in bytes.
+    ``settings``: folder (where programs run), without (layers not to take), and memory, processor, wall, file, files,
+    output, descriptors, as ``Limits`` names them, sizes in bytes.
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
@@ -85,14 +89,15 @@ class Worker:
 
     def confine(self) -> dict[str, Any]:
         """Take every layer that this kernel grants, and say which, for those that judge whether they are enough."""
-        spaces = self.kernel.unshare()
+        without = self.settings["without"]
+        spaces = [] if "namespaces" in without else self.kernel.unshare()
         if "processes" in spaces:
             _step_into_new_processes()
         user = self.kernel.drop_user([*self.library, self.folder])
         self.kernel.drop_capabilities()
-        version = self.kernel.landlock_version()
-        filters = self._try(lambda: self.kernel.filter(notify=False))
-        self.notify = filters and self._try(lambda: self.kernel.filter(notify=True))
+        version = 0 if "landlock" in without else self.kernel.landlock_version()
+        filters = "filter" not in without and self._try(lambda: self.kernel.filter(notify=False))
+        self.notify = filters and "notify" not in without and self._try(lambda: self.kernel.filter(notify=True))
         self.settings |= {"filter": filters, "notify": self.notify}
         if version:
             self.rules = self._rules()
@@ -147,13 +152,16 @@ class Worker:
                 if one >= 0:
                     os.close(one)
         _, status, usage = os.wait4(process, 0)
-        self._look_at_folder(watch)
+        ended = os.waitstatus_to_exitcode(status)
+        if max(_empty(self.folder), default=0) >= self.settings["file"]:
+            watch.blame("disk", f"a file reached {self.settings['file']} bytes")
+        if ended == -signal.SIGKILL and usage.ru_utime + usage.ru_stime >= self.settings["processor"]:
+            watch.blame("time", "of the processor")  # it has ignored SIGXCPU
         return {
             "why": watch.why,
             "detail": watch.detail,
-            "status": os.waitstatus_to_exitcode(status),
+            "status": ended,
             "seconds": time.monotonic() - started,
-            "processor": usage.ru_utime + usage.ru_stime,
             "results": watch.written[results].decode("utf-8", "replace"),
             "output": watch.written[output][:2000].decode("utf-8", "replace"),
         }
@@ -246,22 +254,23 @@ class Worker:
             if watch.made > self.settings["files"]:
                 watch.end("disk", f"it opened files for writing more than {self.settings['files']} times")
             return 0, CONTINUE
-        if not full.startswith(AT_EASE):
+        if not full.startswith(AT_EASE) and not re.search(r"\.so[.\d]*$", full):
             watch.end("file", full[:200])
         return -13, 0  # EACCES
 
-    def _look_at_folder(self, watch: Watch) -> None:
-        """See whether a file has reached the limit, and empty the folder."""
-        with contextlib.suppress(OSError):
-            os.chmod(self.folder, stat.S_IRWXU)
-        for path in list(self.folder.iterdir()):
-            found = path.lstat()
-            if found.st_size >= self.settings["file"] and not watch.why:
-                watch.why, watch.detail = "disk", f"a file reached {self.settings['file']} bytes"
-            if stat.S_ISDIR(found.st_mode):
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink()
+
+def _empty(folder: Path) -> list[int]:
+    """Remove what a folder holds, whatever its modes; the sizes of the files."""
+    os.chmod(folder, 0o700)
+    sizes = []
+    for path in list(folder.iterdir()):
+        if path.is_dir() and not path.is_symlink():
+            sizes += _empty(path)
+            path.rmdir()
+        else:
+            sizes.append(path.lstat().st_size)
+            path.unlink()
+    return sizes
 
 
 def _is_thread(kernel: Kernel, process: int, name: str, arguments: Sequence[int]) -> bool:
