@@ -165,8 +165,8 @@ def _grey(images: Tensor) -> Tensor:
 
 def _turned(chroma: Tensor, turn: Tensor) -> Tensor:
     """Chroma (B, 3, H, W), colours without their grey, turned by ``turn`` (B, 1, 1, 1) of a circle (YIQ plane)."""
-    to_plane = chroma.new_tensor([[0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
-    back = chroma.new_tensor([[0.956, 0.621], [-0.272, -0.647], [-1.106, 1.703]])
+    yiq = chroma.new_tensor([GREY, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])
+    to_plane, back = yiq[1:], torch.linalg.inv(yiq)[:, 1:]
     angle = 2 * math.pi * turn.flatten()
     cos, sin = angle.cos(), angle.sin()
     rotation = torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], -2)
