@@ -1,0 +1,484 @@
+"""MathDial: a tutor learns the next turn of human teachers, and is played against a student who holds a common error.
+
+Paper: MathDial: A Dialogue Tutoring Dataset with Rich Pedagogical Properties (Macina et al., Findings of EMNLP 2023),
+https://arxiv.org/abs/2305.14536
+Reproduction: not yet run
+
+With teacher turn u_T, history u_<T, knowledge K (problem, worked solution, wrong solution) and move A, token by token:
+
+    L = - sum over t of log p(u_T,t | u_T,<t, u_<T, K, A)
+
+The pieces, each in its own module: the common-error picker (``common_errors``), personas, simulated student, prompted
+and scripted tutors (``tutors``), the loop that plays one against the other and the released form (``dialogue``),
+success@k, telling@k, sBLEU, BERT F1 and KF1 (``tutoring``), uptake (``uptake``), the classifier of moves
+(``next_move``). `preceptor chat` puts a person on either side. This file fine-tunes the tutor and measures.
+
+Decided here, where the paper is silent or another choice fits this package better:
+
+* The tutors of the paper are encoder-decoders (Flan-T5, BART) and OPT; ours are causal, so ``paper`` holds OPT-1.3B.
+* The history is a chat: the student is the user, the tutor the assistant. Knowledge and move stand in the system text.
+* A history too long for ``max_length`` loses its oldest pairs of turns, never problem or solution.
+* The opening line is generic, given and not learned.
+* Conversations are split 80/20; held-out ones whose problem occurs in training are ``seen``, the others ``unseen``.
+* A played dialogue is solved when the last or the declared number of a student's turn is the answer, which is stricter
+  than the published success@k (any mention); the tables hold both.
+* Without data the few dialogues of ``worked_dialogues`` are learned from: enough for a first try, no more.
+
+Simulated students agree too easily: no claim about a tutor's teaching follows from self-play alone.
+
+Command: ``preceptor run mathdial --data shared/data/mathdial/test.jsonl``
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence as Listed
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+
+from preceptor import tutoring_study as study
+from preceptor.common_errors import CommonErrors, chat_sampler, common_errors, read_problems
+from preceptor.data import Example, Sequence, collate, encode
+from preceptor.dialogue import Dialogue, Side, Turn, parse_dialogue, play, read_dialogues, strip_turn, write_dialogues
+from preceptor.errors import UserError
+from preceptor.evaluation import Table, compare, mean_of, write_result
+from preceptor.folder import check_folder, write_whole
+from preceptor.language import Chat
+from preceptor.language.local import LocalModel
+from preceptor.losses.divergences import divergence
+from preceptor.models import LanguageModel, in_evaluation, load, template_hash, tokenizer_hash
+from preceptor.report import write_report
+from preceptor.student import make_student
+from preceptor.training import Run, Training
+from preceptor.tutoring import Encoder, answer_was_there, bert_f1, knowledge_f1, sbleu, success_at, telling_at, timing
+from preceptor.tutors import (
+    DIFFICULTIES,
+    NAMES,
+    ChatStudent,
+    ChatTutor,
+    Knowledge,
+    Voice,
+    next_step_tutor,
+    persona,
+    scaffolding_tutor,
+    teller,
+    tutor_messages,
+)
+from preceptor.uptake import overlap_share
+from preceptor.worked_dialogues import worked_dialogues
+
+REQUIRES = "people"
+
+TRAINING = Training(steps=60, batch_size=4, learning_rate=6.25e-5, schedule="linear", precision="bf16")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of one tutor."""
+
+    tutor: str = "smollm2"
+    """The tutor: a model by name, or ``teacher:layers=10`` and the like, a part of ``base``."""
+    base: str = "smollm2"
+    """The model that plays the simulated student and the prompted tutor."""
+    data: str = ""
+    """Dialogues: JSON Lines in MathDial's form, or a data set on the hub (``eth-nlped/mathdial``); empty: a few own."""
+    problems: str = ""
+    """JSON Lines with question and answer (GSM8K), whose common errors are picked and played; empty: held-out ones."""
+    errors: CommonErrors = CommonErrors()
+    """How common errors are picked."""
+    knowledge: tuple[Knowledge, ...] = ("problem", "solution")
+    """K, what the tutor is told."""
+    with_move: bool = True
+    """Whether the tutor is told the move A of the turn that it learns."""
+    held_out: float = 0.2
+    """Share of the conversations held out."""
+    history: int = 0
+    """Newest turns that are read; 0: all that fit."""
+    max_length: int = 512
+    """Tokens of an example: knowledge, history and the turn to be learned."""
+    exam: int = 0
+    """Held-out turns that are measured at most; 0: all."""
+    written: int = 24
+    """Held-out turns that the tutor writes, for sBLEU, BERT F1 and KF1."""
+    voice: Voice = Voice(max_tokens=96)
+    """How a model is asked for a turn while it plays."""
+    played: int = 4
+    """Problems that tutors and the simulated student play."""
+    rounds: int = 4
+    """Interventions in a played dialogue."""
+    output: str = "runs/mathdial/run"
+    """Folder of the run."""
+    resume: bool = False
+    """Go on with the run in ``output``."""
+    training: Training = TRAINING
+    """Steps, optimizer, precision, seed."""
+
+    def __post_init__(self) -> None:
+        """Refuse settings that leave nothing to learn or to play."""
+        if not 0 < self.held_out < 1:
+            raise UserError(f"held_out is {self.held_out}: give a share of the conversations, above 0 and below 1.")
+        for name, value in (("written", self.written), ("played", self.played), ("rounds", self.rounds)):
+            if value < 1:
+                raise UserError(f"{name} is {value}: it must be at least 1.")
+
+
+tiny = Config(
+    tutor="teacher:layers=2",
+    max_length=256,
+    history=3,
+    written=2,
+    voice=Voice(max_tokens=8),
+    played=1,
+    rounds=1,
+    output="runs/mathdial/tiny",
+    training=replace(TRAINING, steps=2),
+)
+
+# The OPT-1.3B of the paper's table: 10 epochs, start 6.25e-5, linear, no warm-up.
+paper = Config(
+    tutor="facebook/opt-1.3b",
+    base="facebook/opt-1.3b",
+    data="eth-nlped/mathdial",
+    max_length=1024,
+    written=512,
+    played=64,
+    output="runs/mathdial/paper",
+    training=Training(epochs=10, batch_size=8, learning_rate=6.25e-5, schedule="linear", precision="bf16"),
+)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A teacher's turn to be learned: the dialogue up to it, the turn, its tokens, and whether its problem is new."""
+
+    before: Dialogue
+    turn: Turn
+    tokens: Sequence
+    unseen: bool
+
+
+def read_data(source: str) -> list[Dialogue]:
+    """The dialogues of a file, of the hub, or our own.
+
+    Raises:
+        UserError: there is no such file or data set, or it has another form.
+    """
+    if not source:
+        return worked_dialogues()
+    if Path(source).exists() or source.endswith(".jsonl"):
+        return read_dialogues(Path(source))
+    import datasets
+
+    try:
+        return [parse_dialogue(record) for part in datasets.load_dataset(source).values() for record in part]
+    except (OSError, ValueError, ConnectionError) as error:
+        raise UserError(f"The data set {source} cannot be read ({error}): give a JSON Lines file.") from error
+
+
+def split(dialogues: Listed[Dialogue], share: float, seed: int) -> tuple[list[Dialogue], list[Dialogue]]:
+    """Training and held-out conversations, split by conversation."""
+    order = list(range(len(dialogues)))
+    Random(seed).shuffle(order)
+    count = max(1, round(share * len(order)))
+    if count >= len(order):
+        raise UserError(f"{len(order)} conversations cannot be split: give more, or hold out less.")
+    return [dialogues[place] for place in order[count:]], [dialogues[place] for place in order[:count]]
+
+
+def make_pairs(
+    dialogues: Listed[Dialogue], config: Config, tokenizer: Any, known: frozenset[str] = frozenset()
+) -> list[Pair]:
+    """Every teacher turn after the opening line that fits, with what precedes it; ``known`` problems are not unseen."""
+    pairs = []
+    for dialogue in dialogues:
+        for place, turn in enumerate(dialogue.turns):
+            before = replace(dialogue, turns=dialogue.turns[:place])
+            if place and turn.role == "teacher" and turn.text.strip():
+                tokens = encode_pair(before, turn, config, tokenizer)
+                pairs += [Pair(before, turn, tokens, dialogue.problem not in known)] if tokens else []
+    return pairs
+
+
+def encode_pair(before: Dialogue, turn: Turn, config: Config, tokenizer: Any) -> Sequence | None:
+    """The tokens of knowledge, history and turn, only the turn to be learned; None where it does not fit alone."""
+    turns = before.turns[-config.history :] if config.history else before.turns
+    move = turn.move if config.with_move else ""
+    while True:
+        asked = tutor_messages(before, turns, config.knowledge, move)
+        answer = {"role": "assistant", "content": turn.text.strip()}
+        [whole] = encode([Example(messages=(*asked, answer))], tokenizer, max_length=1 << 20)
+        if len(whole.ids) <= config.max_length:
+            start = len(whole.prompt)
+            return Sequence(whole.ids, (False,) * start + whole.response[start:])
+        if len(turns) <= 1:
+            return None
+        turns = turns[2:] if len(turns) > 2 else turns[1:]
+
+
+def teach(run: Run, tutor: LanguageModel, pairs: Listed[Pair]) -> None:
+    """The loop: cross-entropy of the teacher's tokens, from the last hidden states."""
+    lessons = [pair.tokens for pair in pairs]
+    for batch in run.batches(lessons, partial(collate, pad_id=tutor.pad_id)):
+        objective = partial(
+            divergence, teacher=None, mask=batch.predicts, labels=batch.labels, weight=0.0, label_weight=1.0
+        )
+        loss = run.student(batch, objective)
+        run.update(loss.sum, loss.count, loss.parts)
+    run.finish()
+
+
+@dataclass(frozen=True)
+class Examined:
+    """A tutor on held-out turns: nats a token of all, seen and unseen problems, and what it writes in their place."""
+
+    loss: dict[str, float]
+    texts: list[str]
+
+
+def examine(tutor: LanguageModel, exam: Listed[Pair], config: Config) -> Examined:
+    """Measure a tutor on held-out turns."""
+    texts = write_turns(tutor, exam[: config.written], config.voice.max_tokens)
+    return Examined(held_out_loss(tutor, [(pair.tokens, pair.unseen) for pair in exam]), texts)
+
+
+@torch.no_grad()
+def held_out_loss(tutor: LanguageModel, exam: Listed[tuple[Sequence, bool]]) -> dict[str, float]:
+    """Nats a token of held-out turns: all, those of seen and those of unseen problems."""
+    sums: dict[str, list[float]] = {"all": [0.0, 0.0], "seen": [0.0, 0.0], "unseen": [0.0, 0.0]}
+    ordered = sorted(exam, key=lambda one: len(one[0].ids))
+    with in_evaluation(tutor):
+        for start in range(0, len(ordered), 8):
+            chosen = ordered[start : start + 8]
+            batch = collate([tokens for tokens, _ in chosen], tutor.pad_id).to(tutor.device)
+            hidden = tutor(batch)
+            for row, (_, unseen) in enumerate(chosen):
+                mask, labels = batch.predicts[row], batch.labels[row]
+                loss = divergence(hidden[row], tutor.head, None, mask=mask, labels=labels, weight=0.0, label_weight=1.0)
+                for name in ("all", "unseen" if unseen else "seen"):
+                    sums[name] = [sums[name][0] + float(loss.sum), sums[name][1] + float(loss.count)]
+    return {name: total / count for name, (total, count) in sums.items() if count}
+
+
+def write_turns(tutor: LanguageModel, pairs: Listed[Pair], length: int) -> list[str]:
+    """What a tutor says in the place of the turns that were held out, greedily."""
+    said = tutor.generate([pair.tokens.prompt for pair in pairs], max_new_tokens=length, temperature=0.0)
+    texts = [tutor.tokenizer.decode(ids, skip_special_tokens=True) for ids in said]
+    return [strip_turn(text, "teacher", name=pair.before.name).text for text, pair in zip(texts, pairs)]
+
+
+def text_figures(texts: Listed[str], pairs: Listed[Pair], encoder: Encoder) -> dict[str, float]:
+    """sBLEU, BERT F1, KF1 (against the problem) and the share of the student's words that the turns use again."""
+    truth = [pair.turn.text for pair in pairs]
+    said = [next((turn.text for turn in reversed(pair.before.turns) if turn.role == "student"), "") for pair in pairs]
+    return {
+        "sBLEU": sbleu(texts, truth),
+        f"BERT F1 ({encoder.name})": mean_of(bert_f1(texts, truth, encoder)).mean,
+        "KF1": 100 * mean_of([knowledge_f1(text, pair.before.problem) for text, pair in zip(texts, pairs)]).mean,
+        "words used again": 100 * mean_of([overlap_share(a, b) for a, b in zip(said, texts)]).mean,
+    }
+
+
+def cases_to_play(config: Config, held_out: Listed[Dialogue], chat: Chat) -> list[Dialogue]:
+    """Problems with wrong solutions and no turn yet: held-out ones, or the common errors of ``config.problems``."""
+    if config.problems:
+        roles = [persona(name, trouble) for name, trouble in zip(NAMES, DIFFICULTIES)]
+        listed = read_problems(Path(config.problems), limit=config.played)
+        sampler = chat_sampler(chat, config.errors, seed=config.training.seed)
+        cases, counts = common_errors(listed, sampler, config.errors, roles)
+        print("Common errors: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+    else:
+        bare = [replace(one, turns=(), outcome=None, facts={}) for one in held_out]
+        cases = list({one.problem: one for one in bare if not answer_was_there(one)}.values())[: config.played]
+    if not cases:
+        raise UserError("No problem with a wrong solution is left to play: give other problems, or loosen the filters.")
+    return cases
+
+
+def play_all(
+    tutors: dict[str, Side], student: Side, cases: Listed[Dialogue], rounds: int
+) -> tuple[dict[str, dict[str, float]], dict[str, list[Dialogue]]]:
+    """Every tutor against the student on the same cases: figures in percent, and the dialogues."""
+    held = {name: play(tutor, student, cases, rounds=rounds) for name, tutor in tutors.items()}
+    figures = {}
+    for name, dialogues in held.items():
+        loose, strict = ([timing(one, strict_final=final) for one in dialogues] for final in (False, True))
+        figures[name] = {
+            f"success@{rounds}": 100 * success_at(loose, rounds),
+            f"success@{rounds}, final number": 100 * success_at(strict, rounds),
+            f"telling@{rounds}": 100 * telling_at(loose, rounds),
+            "last answer right": 100 * sum(one.final_correct for one in loose) / len(loose),
+        }
+    return figures, held
+
+
+def main(config: Config) -> Table | None:
+    """Fine-tune a tutor, measure it on held-out turns, play it beside others, and write student, table and report.
+
+    Raises:
+        UserError: the data, a model or a folder does not fit.
+    """
+    folder = Path(config.output)
+    check_folder(folder, config, resume=config.resume)
+    base = load(config.base)
+    tutor = make_student(config.tutor, base, seed=config.training.seed)
+    train, held_out = split(read_data(config.data), config.held_out, config.training.seed)
+    pairs, exam = lessons(train, held_out, config, tutor)
+    told = {"untaught": examine(tutor, exam, config)}
+    run = start(config, tutor)
+    teach(run, tutor, pairs)
+    if not run.is_main:
+        return None
+    told["fine-tuned"] = examine(tutor.eval(), exam, config)
+    tutor.save(folder / "student", card={"tutor": config.tutor, "method": "mathdial", "data": config.data or "own"})
+    prompted, own = Chat(LocalModel(base), shown=False), Chat(LocalModel(tutor), shown=False)
+    tutors: dict[str, Side] = {
+        "fine-tuned": ChatTutor(own, config.voice, config.knowledge),
+        "prompted": ChatTutor(prompted, config.voice, config.knowledge),
+        "next step": next_step_tutor,
+        "scaffolding": scaffolding_tutor(),
+        "teller": teller(2),
+    }
+    cases = cases_to_play(config, held_out, prompted)
+    figures, held = play_all(tutors, ChatStudent(prompted, config.voice), cases, config.rounds)
+    for name, dialogues in held.items():
+        write_dialogues(folder / "dialogues" / f"{name}.jsonl", dialogues)
+    table = tutor_table(config, told, figures, exam)
+    losses = [told[name].loss["all"] for name in ("untaught", "fine-tuned")]
+    headline = "Held-out loss {:.3f} nat a token before, {:.3f} after.".format(*losses)
+    command = f"preceptor run mathdial --config {folder / 'config.json'}"
+    write_result(folder, table, page_samples(told, exam), headline=headline, command=command)
+    table.print()
+    print(f"The tutor: {folder / 'student'}\nThe page: {write_report(folder)}")
+    return table
+
+
+def start(config: Config, tutor: LanguageModel) -> Run:
+    """The run of a tutor."""
+    hashes = {"tokenizer": tokenizer_hash(tutor.tokenizer), "chat template": template_hash(tutor.tokenizer)}
+    hashes |= {"tutor": config.tutor, "data": config.data or "own dialogues"}
+    return Run(
+        config.training, student=tutor, folder=config.output, config=config, resume=config.resume, provenance=hashes
+    )
+
+
+def lessons(
+    train: Listed[Dialogue], held_out: Listed[Dialogue], config: Config, tutor: LanguageModel
+) -> tuple[list[Pair], list[Pair]]:
+    """The turns to be learned and those that are measured."""
+    known = frozenset(dialogue.problem for dialogue in train)
+    pairs, exam = make_pairs(train, config, tutor.tokenizer), make_pairs(held_out, config, tutor.tokenizer, known)
+    if not pairs or not exam:
+        raise UserError(f"No teacher's turn fits into {config.max_length} tokens: raise max_length.")
+    Random(config.training.seed).shuffle(exam)
+    return pairs, exam[: config.exam or None]
+
+
+def tutor_table(
+    config: Config, told: dict[str, Examined], played: dict[str, dict[str, float]], exam: Listed[Pair]
+) -> Table:
+    """Measures by tutors: held-out turns first, then play."""
+    encoder, table = Encoder(), Table(f"{config.tutor} as a tutor", list(dict.fromkeys([*told, *played])))
+    for name, examined in told.items():
+        cells = {f"held-out loss, {part} problems": value for part, value in examined.loss.items()}
+        for row, value in {**cells, **text_figures(examined.texts, exam[: config.written], encoder)}.items():
+            table.rows.setdefault(row, {})[name] = value
+            table.better[row] = "lower" if row in cells else "higher"
+        table.units |= dict.fromkeys(cells, "nat/token")
+    for name, figures in played.items():
+        for row, value in figures.items():
+            table.rows.setdefault(row, {})[name] = value
+            table.units[row] = "%"
+    table.notes = [
+        f"{len(exam)} held-out turns, {len(told['untaught'].texts)} of them written anew, greedily.",
+        f"Play against {config.base} as the student: it agrees too easily for a claim about teaching.",
+    ]
+    return table
+
+
+def page_samples(told: dict[str, Examined], exam: Listed[Pair]) -> list[dict[str, object]]:
+    """Held-out turns as the human teacher and both tutors say them, for the page."""
+    found: list[dict[str, object]] = []
+    for place, pair in enumerate(exam[: min(6, len(told["untaught"].texts))]):
+        prompt = f"{pair.before.problem}\n\n... {pair.before.turns[-1].text}"
+        answers = {"teacher": pair.turn.text, **{name: one.texts[place] for name, one in told.items()}}
+        found.append({"prompt": prompt, "answers": answers})
+    return found
+
+
+def data_folder() -> Path:
+    """Where the data of the reproduction lies: ``PRECEPTOR_DATA``, or ``shared/data`` beside the working copy."""
+    return Path(os.environ.get("PRECEPTOR_DATA") or Path(__file__).parents[3] / "shared" / "data")
+
+
+def reproduce(seeds: int, folder: Path, full: bool) -> Table:
+    """The published evaluation on the released dialogues, exactly; moves, uptake, and a fine-tuned tutor.
+
+    Needs the released test split (``mathdial/test.jsonl`` and ``mathdial/moves_*_window_1.csv``), GSM8K and the rated
+    exchanges of ``uptake/uptake_data.csv`` in the folder ``PRECEPTOR_DATA``. Each part and each seed of the tutor is
+    kept when it is done. ``full``: 8 times the tutor's steps, all held-out turns.
+    """
+    data = data_folder()
+    test = data / "mathdial" / "test.jsonl"
+    if not test.exists():
+        raise UserError(f"There are no dialogues at {test}: set PRECEPTOR_DATA to the folder with mathdial/test.jsonl.")
+    folder.mkdir(parents=True, exist_ok=True)
+    encoder = "minilm-l6"
+    parts = [study.released_dialogues(test, folder), study.scripted_play(test), study.filters(data / "gsm8k")]
+    moves = keep(folder / "moves.json", lambda: study.next_moves(data / "mathdial", seeds))
+    rated = data / "uptake" / "uptake_data.csv"
+    uptake = keep(folder / "uptake.json", lambda: study.uptake_ratings(rated, seeds, Encoder(encoder)))
+    parts += [study.next_move_claims(moves), study.uptake_claims(uptake, encoder)]
+    table = Table("MathDial: released dialogues, moves, uptake, and a tutor", ["known", "found"])
+    for part in parts:
+        table.rows |= part.rows
+        table.claims += part.claims
+    arms = [keep(folder / f"tutor_{seed}.json", partial(tutor_arm, test, folder, seed, full)) for seed in range(seeds)]
+    add_tutors(table, arms)
+    table.notes.append(f"{seeds} seeds, ± standard error. known: published, or counted by the published evaluation.")
+    table.notes.append("Tutor: SmolLM2-135M-Instruct, conversations split 80/20; known is its loss before.")
+    return table
+
+
+def keep(path: Path, measure: Callable[[], dict[str, list[float]]]) -> dict[str, list[float]]:
+    """What was measured before, or what is measured now and kept."""
+    if not path.exists():
+        write_whole(path, json.dumps(measure()) + "\n")
+    found: dict[str, list[float]] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def tutor_arm(test: Path, folder: Path, seed: int, full: bool) -> dict[str, list[float]]:
+    """One seed of the fine-tuned tutor: each measure before and after."""
+    training = replace(TRAINING, steps=480 if full else 60, seed=seed)
+    output = folder / "tutors" / str(seed)
+    config = Config(data=str(test), output=str(output), max_length=320, history=3, exam=0 if full else 96, written=16)
+    config = replace(config, training=training, resume=output.exists(), voice=Voice(max_tokens=40))
+    tutor = load(config.tutor)
+    train, held_out = split(read_data(config.data), config.held_out, seed)
+    pairs, exam = lessons(train, held_out, config, tutor)
+    before = examine(tutor, exam, config)
+    teach(start(config, tutor.train()), tutor, pairs)
+    both, encoder = (before, examine(tutor.eval(), exam, config)), Encoder()
+    rows = [
+        {**{f"loss, {part}": value for part, value in one.loss.items()}, **text_figures(one.texts, exam[:16], encoder)}
+        for one in both
+    ]
+    shutil.rmtree(output / "checkpoints", ignore_errors=True)
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def add_tutors(table: Table, arms: Listed[dict[str, list[float]]]) -> None:
+    """Rows and claims of the fine-tuned tutors."""
+    for name in arms[0]:
+        before, after = ([arm[name][place] for arm in arms if name in arm] for place in (0, 1))
+        table.rows[f"tutor: {name}"] = {"known": mean_of(before), "found": mean_of(after)}
+        if name.startswith("loss"):
+            text = f"A tutor fine-tuned on released turns has a lower held-out {name} problems"
+            table.claims.append(compare(after, before, text).claim)
