@@ -4,7 +4,8 @@
 
     chat = open_chat(ChatSettings(model="smollm2", cache="answers.sqlite"))
     questions = ["What is a prime number?", "Name three primes."]
-    replies = chat.ask([Request(({"role": "user", "content": question},)) for question in questions])
+    requests = [Request(({"role": "user", "content": question},), max_tokens=32) for question in questions]
+    replies = chat.ask(requests)
     for question, reply in zip(questions, replies):
         print(question, reply.error or reply.text, reply.completion_tokens)
     print(chat.spent)

@@ -259,7 +259,8 @@ class Asking:
             said = [failed] * len(jobs)
             self._in_a_row += failed.again
             if self._in_a_row >= max(FAILURES_IN_A_ROW, 2 * self._gate.limits.concurrency):
-                self._stopped = f"{self._in_a_row} calls failed one after another, the last with: {failed.reason}"
+                why = f"{self._in_a_row} calls failed one after another, the last with: {failed.reason}"
+                self._stopped = self._stopped or why
         kept, going = [], []
         for job, answer in zip(jobs, said):
             job.called = True

@@ -107,11 +107,13 @@ class Endpoint:
         first = await self._post("/chat/completions", bare)
         asked = {**bare, "prompt_logprobs": 0, "add_generation_prompt": False, "continue_final_message": True}
         bodies = [{**asked, "messages": [*messages, {"role": "assistant", "content": text}]} for text in continuations]
-        said = await asyncio.gather(*(self._post("/chat/completions", body) for body in bodies))
         try:
+            said = await asyncio.gather(*(self._post("/chat/completions", body) for body in bodies))
             start = int(first["usage"]["prompt_tokens"])
             rows = [[next(iter(place.values()))["logprob"] for place in one["prompt_logprobs"][1:]] for one in said]
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
+        except (CallFailed, KeyError, IndexError, TypeError, AttributeError) as error:
+            if isinstance(error, CallFailed) and error.status not in (400, 422):
+                raise
             raise UserError(
                 f"The endpoint {self.base_url} gives no log-probabilities of a given text: ask a local model, or a "
                 "server that knows prompt_logprobs (vLLM)."
@@ -198,7 +200,7 @@ class Endpoint:
             self._limit = "max_completion_tokens"
             raise CallFailed(reason, again=True, wait=0.0)
         again = (status in BUSY or status >= 500) and status != 501 and "insufficient_quota" not in text
-        raise CallFailed(reason, again=again, wait=_retry_after(headers), charged=status in GAVE_UP)
+        raise CallFailed(reason, again=again, wait=_retry_after(headers), charged=status in GAVE_UP, status=status)
 
     async def _models(self) -> str:
         """What to do about a model that is not there: the names that are."""

@@ -92,12 +92,14 @@ class CallFailed(Exception):
 
     ``reason``: why, without any key. ``again``: whether the same call may succeed later. ``wait``: seconds that the
     endpoint asks to wait first. ``charged``: whether it may have been charged for (no answer came), and is counted at
-    the most that it can have come to.
+    the most that it can have come to. ``status``: of HTTP, where the endpoint refused; else 0.
     """
 
-    def __init__(self, reason: str, *, again: bool = False, wait: float | None = None, charged: bool = False) -> None:
+    def __init__(
+        self, reason: str, *, again: bool = False, wait: float | None = None, charged: bool = False, status: int = 0
+    ) -> None:
         super().__init__(reason)
-        self.reason, self.again, self.wait, self.charged = reason, again, wait, charged
+        self.reason, self.again, self.wait, self.charged, self.status = reason, again, wait, charged, status
 
 
 class Backend(Protocol):
