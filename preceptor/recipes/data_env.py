@@ -77,9 +77,9 @@ class School:
 
     weak: tuple[str, ...] = ("reversal/four_digits", "reversal/five_digits")
     """Subskills of which it sees few items, as ``skill/subskill``."""
-    items: int = 3000
-    """Items of each other subskill."""
-    few: int = 60
+    items: int = 5000
+    """Items of each skill, evenly over its subskills but for the weak ones."""
+    few: int = 40
     """Items of each weak one."""
     training: Training = Training(epochs=1, batch_size=32, learning_rate=2e-3, warmup=0.05, weight_decay=0.01)
     """How it is taught them."""
@@ -126,7 +126,7 @@ class Config:
     """How it is examined."""
     episode: Episode = Episode(budget=300, rounds=30)
     """Budget, rounds and checks."""
-    items: int = 60
+    items: int = 75
     """Items that an agent asks for in a round (Open-Ended, Skill-List)."""
     hypotheses: int = 5
     """H, hypotheses about weak subskills for each skill (Skill-List)."""
@@ -220,12 +220,18 @@ def begin(environment: DataEnvironment, seed: int) -> dict[str, Any]:
 
 def make_task(config: Config) -> Task:
     """The task, in the short form for a character model and in the worded one for a language model."""
-    compact: Literal["compact", "worded"] = "worded" if config.student.startswith("lora:") else "compact"
-    if config.task == "math":
-        from preceptor.tasks.arithmetic import Arithmetic
+    form: Literal["compact", "worded"] = "worded" if config.student.startswith("lora:") else "compact"
+    if config.task == "code":
+        from preceptor.tasks.programs import Programs
 
-        return Arithmetic(compact, config.skills)
-    raise UserError("TODO")
+        return Programs(form, config.skills)
+    if config.task == "visual":
+        from preceptor.tasks.figures import Figures
+
+        return Figures(form, config.skills)
+    from preceptor.tasks.arithmetic import Arithmetic
+
+    return Arithmetic(form, config.skills)
 
 
 def draw_questions(config: Config, task: Task) -> Questions:
@@ -268,7 +274,7 @@ def go_to_school(config: Config, task: Task, questions: Questions, folder: Path)
     school, seed, items = config.school, config.training.seed, list[Item]()
     for skill, subskills in task.skills.items():
         for subskill in subskills:
-            count = school.few if f"{skill}/{subskill}" in school.weak else school.items
+            count = school.few if f"{skill}/{subskill}" in school.weak else school.items // len(subskills)
             items += task.items(count, seed=SCHOOL_SEED + seed, skill=skill, subskill=subskill)
     held_out = leaks(items, [*questions.validation, *questions.test])
     lessons = [task.datum(item) for item in items if item.id not in held_out]
@@ -423,8 +429,9 @@ def reproduce(seeds: int, folder: Path, full: bool) -> Table:
 
     A small student that was taught unevenly is taught on until the budget of accepted items is used up, the same number
     in every arm; no arm leaves out what the student knows, since to know that is to see its state. Arms without state
-    are taught once, at the end: nothing that they do depends on what would come between. Figures are means over skills
-    on at least 200 test items each, of the last student, without a choice among rounds. ``full``: twice the items.
+    are taught once, at the end: nothing that they do depends on what would come between. Figures are means over
+    subskills, on at least 200 test items of each skill, of the last student, without a choice among rounds. ``full``:
+    twice the items.
     """
     done = {name: [one_seed(name, seed, folder, full=full) for seed in range(seeds)] for name in STUDIES}
     columns = ["test accuracy", "gain", "accepted", "written"]
@@ -471,8 +478,8 @@ def one_seed(name: str, seed: int, folder: Path, *, full: bool) -> dict[str, dic
         if not kept.exists():
             shutil.rmtree(path / arm, ignore_errors=True)
             counts = teach_arm(replace(config, output=str(path / arm)), arm, task, pupil, questions, path)
-            skills = report(complete(task, questions.test, pupil.answer(questions.test))).skills.values()
-            accuracy = 100 * sum(one.accuracy for one in skills) / len(skills)
+            subskills = report(complete(task, questions.test, pupil.answer(questions.test))).subskills.values()
+            accuracy = 100 * sum(one.accuracy for one in subskills) / len(subskills)
             gain = accuracy - figures["untaught"]["test accuracy"] if figures else 0.0
             kept.parent.mkdir(parents=True, exist_ok=True)
             write_whole(kept, json.dumps({"test accuracy": accuracy, "gain": gain, **counts}) + "\n")
