@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from preceptor.embedded import without_progress_bars
 from preceptor.errors import UserError
 from preceptor.folder import write_whole
 
@@ -146,7 +147,8 @@ def save_backbone(folder: Path, backbone: nn.Module, spec: str, channels: int, c
     """
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(backbone, TransformersBackbone):
-        backbone.model.save_pretrained(folder)
+        with without_progress_bars():
+            backbone.model.save_pretrained(folder)
     else:
         state = {name: value.detach().cpu().contiguous() for name, value in backbone.state_dict().items()}
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
@@ -229,8 +231,11 @@ def _from_transformers(name: str) -> nn.Module:
     try:
         config = AutoConfig.from_pretrained(name)
         stages = [stage for stage in config.stage_names if stage != "stem"]
-        model = AutoBackbone.from_pretrained(name, out_features=stages)  # type: ignore[no-untyped-call]
-        return TransformersBackbone(model)
+        config = AutoConfig.from_pretrained(name, out_features=stages)
+        # AutoBackbone.from_pretrained takes names on the hub alone; the class that it would choose takes folders too.
+        with torch.device("meta"):
+            kind = type(AutoBackbone.from_config(config))  # type: ignore[no-untyped-call]
+        return TransformersBackbone(kind.from_pretrained(name, config=config))
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(
             f'There is no backbone "{name}": choose conv, {", ".join(RESNETS)}, timm:NAME, a folder, or a transformers '

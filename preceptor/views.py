@@ -34,7 +34,7 @@ class Views:
     """Random crops an image."""
     crop_size: int = 20
     """Pixels a side of a crop."""
-    crop_scale: tuple[float, float] = (0.2, 0.7)
+    crop_scale: tuple[float, float] = (0.1, 0.5)
     """Least and largest share of the image's area in a crop."""
     patches: int = 0
     """Patches an image, of nine that overlap, each 3/8 of a frame a side."""
