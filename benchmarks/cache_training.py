@@ -53,7 +53,7 @@ def main() -> None:
     result = {"seeds": seeds, "steps": steps}
     for arm in list(figures)[1:]:
         result[arm] = _against(figures[arm], figures["online"]) | {"bytes": bytes_a_token[arm]}
-        table.notes.append(f"{arm}: {compare(figures[arm], figures['online'], '').claim.figure} above online.")
+        table.notes.append(f"{arm}: {compare(figures[arm], figures['online'], '').claim.figure} against online (below 0: nearer to the teacher).")
     table.print()
     if options.save:
         write_whole(Path(__file__).with_suffix(".json"), json.dumps(result | {"table": table.json()}, indent=2) + "\n")
