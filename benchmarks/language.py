@@ -24,6 +24,7 @@ import importlib.util
 import json
 import os
 import random
+import selectors
 import signal
 import statistics
 import subprocess
@@ -61,7 +62,8 @@ def main() -> None:
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        asyncio.run(_serve())
+        # epoll counts whole milliseconds; select does not, and the 50 must be 50.
+        asyncio.SelectorEventLoop(selectors.SelectSelector()).run_until_complete(_serve())
         return
     if options.child:
         arm, url, count, folder = options.child
@@ -312,6 +314,10 @@ def _openai(url: str, count: int, folder: str) -> dict[str, float]:
 def _curator(url: str, count: int, folder: str) -> dict[str, float]:
     os.environ |= {"CURATOR_CACHE_DIR": folder, "TELEMETRY_ENABLED": "false", "HF_HUB_OFFLINE": "1"}
     os.environ |= {"OPENAI_API_KEY": "not-a-secret-at-all", "CURATOR_DISABLE_RICH_DISPLAY": "1"}
+    # Its token counts need a file from the network, which litellm, which it brings, has too.
+    litellm = importlib.util.find_spec("litellm")
+    assert litellm is not None and litellm.origin is not None
+    os.environ["TIKTOKEN_CACHE_DIR"] = str(Path(litellm.origin).parent / "litellm_core_utils" / "tokenizers")
     from bespokelabs import curator
 
     parameters = {
