@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import builtins
 import json
 import re
@@ -123,6 +124,21 @@ def test_what_models_say_stays_text(tmp_path: Path) -> None:
     assert read(path).text.count(ATTACK) >= 8
     assert "<script" not in path.read_text(encoding="utf-8")
     assert "<img" not in path.read_text(encoding="utf-8")
+
+
+def test_pictures_are_in_the_page_itself_with_their_captions(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "obow" / "first")
+    (folder / "pictures").mkdir()
+    (folder / "pictures" / "visual_words.png").write_bytes(b"\x89PNG one")
+    (folder / "pictures" / "tree.png").write_bytes(b"\x89PNG two")
+    (folder / "pictures" / "tree.txt").write_text(ATTACK)
+    path = write_report(folder)
+    page = read(path)
+    shown = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert [image["alt"] for image in shown] == [ATTACK, "visual words"]
+    assert shown[0]["src"] == "data:image/png;base64," + base64.b64encode(b"\x89PNG two").decode()
+    assert "visual words" in page.text
+    assert "img-src data:;" in path.read_text(encoding="utf-8")
 
 
 def test_a_reproduction_shows_its_claims(tmp_path: Path) -> None:
