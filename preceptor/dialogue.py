@@ -46,14 +46,14 @@ class Turn:
     """What one side says.
 
     ``move`` and ``intent`` are a teacher's (``MOVES``), "" where none is given. ``prefix`` is what stood before the
-    text in a file that was read. ``error``: why nothing was said, where a model failed.
+    text in a file that was read, None for a turn of our own. ``error``: why nothing was said, where a model failed.
     """
 
     role: Role
     text: str
     move: str = ""
     intent: str = ""
-    prefix: str = ""
+    prefix: str | None = None
     error: str = ""
 
     def __post_init__(self) -> None:
@@ -67,7 +67,7 @@ class Turn:
     @property
     def written(self) -> str:
         """The turn as the released form has it: what stood before the text while it still says the same."""
-        if self.prefix:
+        if self.prefix is not None:
             there = parse_turn(self.prefix, self.role)
             if (there.role, there.move) == (self.role, self.move):
                 return self.prefix + self.text

@@ -73,7 +73,7 @@ def timing(dialogue: Dialogue, *, strict_final: bool = False, labelled_only: boo
     return Timing(next(found, math.inf), next(told, math.inf), final)
 
 
-def _is_labelled(prefix: str) -> bool:
+def _is_labelled(prefix: str | None) -> bool:
     return not prefix or prefix.lower().startswith("student")
 
 

@@ -107,7 +107,7 @@ def counts_of(dialogues: Sequence[Dialogue]) -> dict[str, int]:
         "distinct questions": len({dialogue.problem for dialogue in dialogues}),
         "teacher turns": len(teachers),
         "student turns": len(students),
-        "student turns under a name": sum(not turn.prefix.startswith("Student") for turn in students),
+        "student turns under a name": sum(not (turn.prefix or "").startswith("Student") for turn in students),
         **{move: moves[move] for move in ("focus", "probing", "generic", "telling")},
         "generic openers": sum(dialogue.turns[0].move == "generic" for dialogue in dialogues),
         **{ending: outcomes[ending] for ending in endings},

@@ -422,7 +422,8 @@ def reproduce(seeds: int, folder: Path, full: bool) -> Table:
 
     Needs the released test split (``mathdial/test.jsonl`` and ``mathdial/moves_*_window_1.csv``), GSM8K and the rated
     exchanges of ``uptake/uptake_data.csv`` in the folder ``PRECEPTOR_DATA``. Each part and each seed of the tutor is
-    kept when it is done. ``full``: 8 times the tutor's steps, all held-out turns.
+    kept when it is done. The tutor reads the problem and the last two turns. ``full``: 20 times its steps, the worked
+    solution and four turns too, all held-out turns.
     """
     data = data_folder()
     test = data / "mathdial" / "test.jsonl"
@@ -456,10 +457,11 @@ def keep(path: Path, measure: Callable[[], dict[str, list[float]]]) -> dict[str,
 
 def tutor_arm(test: Path, folder: Path, seed: int, full: bool) -> dict[str, list[float]]:
     """One seed of the fine-tuned tutor: each measure before and after."""
-    training = replace(TRAINING, steps=480 if full else 60, seed=seed)
+    size = Config(knowledge=("problem",), max_length=224, history=2, exam=40, written=8, voice=Voice(max_tokens=32))
+    size = Config(history=4, written=64) if full else size
     output = folder / "tutors" / str(seed)
-    config = Config(data=str(test), output=str(output), max_length=320, history=3, exam=0 if full else 96, written=16)
-    config = replace(config, training=training, resume=output.exists(), voice=Voice(max_tokens=40))
+    training = replace(TRAINING, steps=480 if full else 24, seed=seed)
+    config = replace(size, data=str(test), output=str(output), training=training, resume=output.exists())
     tutor = load(config.tutor)
     train, held_out = split(read_data(config.data), config.held_out, seed)
     pairs, exam = lessons(train, held_out, config, tutor)
@@ -467,7 +469,10 @@ def tutor_arm(test: Path, folder: Path, seed: int, full: bool) -> dict[str, list
     teach(start(config, tutor.train()), tutor, pairs)
     both, encoder = (before, examine(tutor.eval(), exam, config)), Encoder()
     rows = [
-        {**{f"loss, {part}": value for part, value in one.loss.items()}, **text_figures(one.texts, exam[:16], encoder)}
+        {
+            **{f"loss, {part}": value for part, value in one.loss.items()},
+            **text_figures(one.texts, exam[: config.written], encoder),
+        }
         for one in both
     ]
     shutil.rmtree(output / "checkpoints", ignore_errors=True)
