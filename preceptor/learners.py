@@ -4,7 +4,7 @@
 items there are, as DataEnvGym's trainer does: no lesson builds on weights that an earlier lesson left.
 
 The small student reads and writes characters: a causal transformer of the Llama kind, 2 layers of width 128. For
-questions about images it reads the image first, a linear map of each patch standing in the place of a token
+questions about images it reads the image first, a small network's map of each patch in the place of a token
 (Dosovitskiy et al., 2021, for the patches; Koh et al., 2023, for images as a prefix of a language model).
 """
 
@@ -51,7 +51,7 @@ EYES = "eyes.safetensors"
 
 @dataclass(frozen=True, eq=False)
 class SeenBatch(Batch):
-    """Sequences that each follow an image. ``patches``: (B, P, 3 · PATCH²) float32 in [-1, 1]."""
+    """Sequences that each follow an image. ``patches``: (B, P, 3 · PATCH²) float32 in [0, 2], white is 0."""
 
     patches: Tensor
 
@@ -64,13 +64,14 @@ class SeenBatch(Batch):
 class Seeing(nn.Module):
     """A language model that reads an image's patches before the text.
 
-    ``language``: the model. ``look``: from a patch's values to the width of an embedding.
+    ``language``: the model. ``look``: from a patch's values to the width of an embedding, by two layers.
     """
 
     def __init__(self, language: LanguageModel) -> None:
         super().__init__()
         self.language = language
-        self.look = nn.Linear(3 * PATCH * PATCH, language.width)
+        width = language.width
+        self.look = nn.Sequential(nn.Linear(3 * PATCH * PATCH, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
     def forward(self, batch: SeenBatch, objective: Callable[[Tensor, Head], T]) -> T:
         """What the objective makes of the hidden states at the text's places, (B, T, width)."""
@@ -88,7 +89,7 @@ class Seeing(nn.Module):
             lengths.setdefault(len(prompt), []).append(place)
         answers: list[tuple[int, ...]] = [()] * len(prompts)
         for places in lengths.values():
-            ids = torch.tensor([prompts[place] for place in places], device=self.look.weight.device)
+            ids = torch.tensor([prompts[place] for place in places], device=self.language.device)
             written = self._continue(self._embed(ids, patches[places].to(ids.device)), max_new_tokens)
             for place, row in zip(places, written.tolist(), strict=True):
                 ends = [at for at, token in enumerate(row) if token in self.language.stop_ids]
@@ -244,7 +245,7 @@ class Pupil:
 
 
 def cut_patches(image: Any) -> Tensor:
-    """The patches of an image (H, W, 3) uint8, row by row: (P, 3 · PATCH²) float32 in [-1, 1].
+    """The patches of an image (H, W, 3) uint8, row by row: (P, 3 · PATCH²) float32 in [0, 2], white is 0.
 
     Raises:
         UserError: there is no image, or its sides are no multiples of PATCH.
@@ -254,7 +255,7 @@ def cut_patches(image: Any) -> Tensor:
         raise UserError(f"A visual question has {shape}; give (height, width, 3), sides multiples of {PATCH} pixels.")
     rows, columns = image.shape[0] // PATCH, image.shape[1] // PATCH
     pieces = np.asarray(image).reshape(rows, PATCH, columns, PATCH, 3).transpose(0, 2, 1, 3, 4)
-    return torch.from_numpy(pieces.reshape(rows * columns, -1).astype(np.float32) / 127.5 - 1.0)
+    return torch.from_numpy(pieces.reshape(rows * columns, -1).astype(np.float32) / -127.5 + 2.0)
 
 
 def small_student(*, seed: int, sees: bool = False) -> LanguageModel | Seeing:

@@ -124,9 +124,9 @@ class Config:
     """What ``small`` knows at the start."""
     exam: Exam = Exam()
     """How it is examined."""
-    episode: Episode = Episode(budget=300, rounds=30)
+    episode: Episode = Episode(budget=180, rounds=30)
     """Budget, rounds and checks."""
-    items: int = 75
+    items: int = 60
     """Items that an agent asks for in a round (Open-Ended, Skill-List)."""
     hypotheses: int = 5
     """H, hypotheses about weak subskills for each skill (Skill-List)."""
@@ -136,7 +136,7 @@ class Config:
     """Folder of the run."""
     resume: bool = False
     """Go on with the run in ``output``."""
-    training: Training = Training(epochs=8, batch_size=16, learning_rate=5e-4, warmup=0.1)
+    training: Training = Training(epochs=16, batch_size=16, learning_rate=5e-4, warmup=0.1)
     """How the student is taught, in each round anew."""
 
     def __post_init__(self) -> None:
