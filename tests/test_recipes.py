@@ -10,8 +10,10 @@ from types import ModuleType
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from preceptor.backbones import make_backbone
 from preceptor.cli import main
 from preceptor.configuration import read_config
 from preceptor.methods import Method, find_methods, missing_packages
@@ -39,6 +41,14 @@ def run_tiny(method: Method, folder: Path) -> Path:
     return folder
 
 
+def load_student(method: Method, folder: Path) -> nn.Module:
+    if method.requires == "vision":
+        return make_backbone(str(folder), 1, seed=0)
+    kind = AutoConfig.from_pretrained(folder)
+    causal = any("CausalLM" in name for name in kind.architectures or [])
+    return (AutoModelForCausalLM if causal else AutoModel).from_pretrained(folder)
+
+
 def weights(folder: Path) -> str:
     state = load_file(folder / "student" / "model.safetensors")
     digest = hashlib.sha256()
@@ -50,9 +60,7 @@ def weights(folder: Path) -> str:
 @pytest.mark.parametrize("method", METHODS)
 def test_the_smallest_run_leaves_a_student_and_a_page(method: Method, kept: Path) -> None:
     folder = run_tiny(method, kept / method.name)
-    kind = AutoConfig.from_pretrained(folder / "student")
-    causal = any("CausalLM" in name for name in kind.architectures or [])
-    student = (AutoModelForCausalLM if causal else AutoModel).from_pretrained(folder / "student")
+    student = load_student(method, folder / "student")
     assert all(torch.isfinite(parameter).all() for parameter in student.parameters())
     assert (folder / "student" / "README.md").stat().st_size > 0
     assert "<html" in (folder / "report.html").read_text(encoding="utf-8")[:500]
