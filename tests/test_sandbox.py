@@ -578,8 +578,41 @@ def test_a_lost_worker_is_replaced() -> None:
         worker = sandbox._idle.queue[0]
         worker.process.kill()
         worker.process.wait()
-        assert judged(sandbox, "def f(x): return x").reason is Reason.CRASH
         assert judged(sandbox, "def f(x): return x").passed
+        assert sandbox._idle.queue[0] is not worker
+        folder = sandbox._idle.queue[0].folder
+    assert not folder.exists()
+
+
+@needs_isolation
+def test_an_interrupted_answer_is_not_taken_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Sandbox(ROOMY, workers=1) as sandbox:
+        assert judged(sandbox, "def f(x): return x").passed
+        worker = sandbox._idle.queue[0]
+
+        def interrupted(patience: float) -> dict[str, object]:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(worker, "_receive", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            judged(sandbox, "def f(x): return x")
+        assert judged(sandbox, "def f(x): return x + 1").reason is Reason.FAILED
+
+
+@needs_isolation
+def test_root_becomes_nobody_where_nobody_can_read_the_interpreter(secret: Path) -> None:
+    python = "/usr/bin/python3"
+    if os.geteuid() != 0 or not Path(python).exists():
+        pytest.skip("not root, or no system interpreter")
+    with Sandbox(ROOMY, workers=1, python=python) as sandbox:
+        if sandbox.layers()["user"] != "nobody":
+            pytest.skip("nobody cannot read the system interpreter")
+        source = (
+            "import os\ndef f(x):\n    open('a', 'w').write('x')\n    return [os.getuid(), os.geteuid(), os.getgid()]"
+        )
+        assert judged(sandbox, source, "f(1) == [65534, 65534, 65534]").passed
+        assert judged(sandbox, f"def f(x): return open({str(secret)!r}).read()").reason is Reason.FILE
+        assert judged(sandbox, "import os\nos.fork()").reason is Reason.PROCESS
         folder = sandbox._idle.queue[0].folder
     assert not folder.exists()
 

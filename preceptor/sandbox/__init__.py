@@ -7,12 +7,14 @@ where they are granted, no capabilities, limits on time, memory, file size and o
 filter's listener: it counts the files that are made and says why a program was stopped, which the program cannot forge.
 The worker is sent the tests' calls only; values come back and are compared here with what was expected.
 
-Where the kernel gives no isolation of files or of the network, nothing is run.
+Where the kernel gives no isolation of files or of the network, nothing is run. What a program can still learn is that a
+file exists, how large it is, and what this machine's clock says.
 """
 
 from __future__ import annotations
 
 import os
+import platform
 import queue
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,6 +24,7 @@ from typing import Any
 
 from preceptor.errors import UserError
 from preceptor.sandbox.pool import Lost, WorkerProcess
+from preceptor.sandbox.syscalls import ARCHITECTURES
 from preceptor.sandbox.values import Expectation, read_tests
 from preceptor.sandbox.verdicts import Reason, Verdict, conclude
 
@@ -130,10 +133,11 @@ class Sandbox:
         self._started = 0
 
     def _start(self) -> WorkerProcess:
-        if sys.platform != "linux":
+        machine = platform.machine()
+        if sys.platform != "linux" or machine not in ARCHITECTURES:
             raise UserError(
-                f"Programs are judged on Linux only, whose kernel can isolate them; this is {sys.platform}: run "
-                "it there, in a container or a virtual machine."
+                "Programs are judged on Linux only (x86-64 or aarch64), whose kernel can isolate them; this is "
+                f"{sys.platform} on {machine}: run it there, in a container or a virtual machine."
             )
         try:
             worker = WorkerProcess(self.python, self._settings())
@@ -167,15 +171,19 @@ class Sandbox:
     def _judge(self, program: Program, tests: Sequence[Expectation]) -> Verdict:
         if len(program.source) > LONGEST_SOURCE or "\0" in program.source:
             return Verdict(Reason.EXCEPTION, f"no program of up to {LONGEST_SOURCE} characters", 0, len(tests), 0.0)
-        worker = self._idle.get()
-        try:
-            return conclude(worker.run(program.source, [test.call for test in tests]), tests)
-        except Lost:
-            worker.close()
-            worker = self._start()
-            return Verdict(Reason.CRASH, "its worker was lost with it", 0, len(tests), 0.0)
-        finally:
-            self._idle.put(worker)
+        for _ in range(2):  # a worker may have been lost without the program's doing
+            worker = self._idle.get()
+            try:
+                return conclude(worker.run(program.source, [test.call for test in tests]), tests)
+            except Lost:
+                worker.close()
+                worker = self._start()
+            except BaseException:  # interrupted: the answer that is still to come must not be taken for the next one's
+                worker.close()
+                raise
+            finally:
+                self._idle.put(worker)
+        return Verdict(Reason.CRASH, "its worker was lost with it, twice", 0, len(tests), 0.0)
 
 
 def sandbox_layers() -> dict[str, str]:

@@ -100,21 +100,24 @@ class Kernel:
                 Path("/proc/self", name).write_text(line)
         return [name for name, flag in spaces.items() if self.library.unshare(flag) == 0]
 
-    def drop_user(self, needed: Iterable[Path]) -> bool:
-        """As root, become nobody for good, unless nobody cannot read the folders that are needed."""
+    def drop_user(self, folder: Path, library: Iterable[Path]) -> bool:
+        """As root, become nobody for good, and own the folder; not where nobody may not read the library."""
         if os.geteuid() != 0:
             return False
         try:
+            os.chown(folder, _NOBODY, _NOBODY)
             os.setgroups([])
             os.setresgid(_NOBODY, _NOBODY, _NOBODY)
             os.setresuid(_NOBODY, _NOBODY, 0)
         except OSError:  # a user namespace without that user
             return False
-        if all(os.access(folder, os.R_OK | os.X_OK, effective_ids=True) for folder in needed):
+        needed = [folder, *library]
+        if all(os.access(one, os.R_OK | os.X_OK, effective_ids=True) for one in needed):
             os.setresuid(_NOBODY, _NOBODY, _NOBODY)
             return True
         os.setresuid(0, 0, 0)
         os.setresgid(0, 0, 0)
+        os.chown(folder, 0, 0)
         return False
 
     def drop_capabilities(self) -> None:

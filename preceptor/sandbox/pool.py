@@ -69,7 +69,7 @@ class WorkerProcess:
         try:
             self.process.stdin.write(struct.pack(">I", len(body)) + body)
             self.process.stdin.flush()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # it has ended, or was closed
             raise Lost from error
         return self._receive(self.wall + PATIENCE)
 

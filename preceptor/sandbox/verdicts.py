@@ -11,7 +11,7 @@ from typing import Any
 
 from preceptor.sandbox.values import Expectation, decode, equal
 
-_OUT_OF_MEMORY = 71  # the child's exit status
+_OUT_OF_MEMORY, _NOT_CONFINED = 71, 72  # the child's exit statuses
 
 
 class Reason(str, Enum):
@@ -86,6 +86,8 @@ def _ended(status: int) -> tuple[Reason, str] | None:
         return None
     if status == _OUT_OF_MEMORY or status == -signal.SIGKILL:
         return Reason.MEMORY, ""
+    if status == _NOT_CONFINED:
+        return Reason.CRASH, "it could not be confined, and was not run"
     if status == -signal.SIGXCPU:
         return Reason.TIME, "of the processor"
     if status == -signal.SIGSYS:

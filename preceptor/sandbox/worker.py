@@ -93,7 +93,7 @@ class Worker:
         spaces = [] if "namespaces" in without else self.kernel.unshare()
         if "processes" in spaces:
             _step_into_new_processes()
-        user = self.kernel.drop_user([*self.library, self.folder])
+        user = self.kernel.drop_user(self.folder, self.library)
         self.kernel.drop_capabilities()
         version = 0 if "landlock" in without else self.kernel.landlock_version()
         filters = "filter" not in without and self._try(lambda: self.kernel.filter(notify=False))
