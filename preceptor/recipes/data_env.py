@@ -97,6 +97,7 @@ class Exam:
     """Tokens of an answer at most."""
 
 
+TRAINING = Training(epochs=16, batch_size=16, learning_rate=5e-4, warmup=0.1)
 MATH = ("reversal", "units/length", "units/mass", "multiplication/powers_of_ten")
 
 
@@ -136,7 +137,7 @@ class Config:
     """Folder of the run."""
     resume: bool = False
     """Go on with the run in ``output``."""
-    training: Training = Training(epochs=16, batch_size=16, learning_rate=5e-4, warmup=0.1)
+    training: Training = TRAINING
     """How the student is taught, in each round anew."""
 
     def __post_init__(self) -> None:
@@ -421,6 +422,26 @@ STUDIES = {
     "open-ended, math": Config(),
     "skill list, math": Config(environment="skill_list"),
     "skill tree, math": Config(environment="skill_tree"),
+    "open-ended, code": Config(
+        task="code",
+        skills=("arithmetic", "strings/joining", "strings/ending"),
+        school=School(weak=("arithmetic/precedence", "strings/ending"), items=6000, few=20),
+        exam=Exam(answer_length=20),
+        episode=Episode(budget=120, rounds=30),
+        items=40,
+        training=replace(TRAINING, epochs=12),
+    ),
+    "open-ended, visual": Config(
+        task="visual",
+        skills=("comparison",),
+        school=School(
+            weak=("comparison/colours",), items=6000, few=20, training=replace(School().training, batch_size=16)
+        ),
+        exam=Exam(answer_length=10),
+        episode=Episode(budget=120, rounds=30),
+        items=40,
+        training=replace(TRAINING, epochs=12),
+    ),
 }
 
 
