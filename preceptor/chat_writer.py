@@ -29,7 +29,7 @@ class ChatWriter:
     """Any chat backend as a writer.
 
     ``least``: share of calls that must give at least one item, over one round; below it an error ends the work.
-    ``draw``: draws images from their descriptions, for visual questions.
+    ``draw``: draws images from their descriptions, for visual questions. ``item_tokens``: what an item may take.
     """
 
     chat: Chat
@@ -37,7 +37,7 @@ class ChatWriter:
     draw: Draw | None = None
     least: float = 0.1
     temperature: float = 1.0
-    max_tokens: int = 1500
+    item_tokens: int = 150
 
     def write(self, orders: Sequence[Order]) -> list[Written]:
         """What came of each order. Where too few items came, the rest is asked for once more, showing what there is.
@@ -86,7 +86,7 @@ class ChatWriter:
     def _request(self, order: Order, there: Sequence[Datum]) -> Request:
         return Request(
             ({"role": "user", "content": prompt(self.task, order, there)},),
-            self.max_tokens,
+            100 + self.item_tokens * order.count,
             self.temperature,
             seed=order.seed % 2**31,
             schema=schema(self.task.name, order),

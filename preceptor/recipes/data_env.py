@@ -54,13 +54,14 @@ from preceptor.iterations import (
     write_iteration,
 )
 from preceptor.language import Chat, ChatSettings, open_chat
-from preceptor.learners import SMALL, Pupil, load_pupil_model, small_student
+from preceptor.learners import SMALL, Pupil, load_pupil_model
 from preceptor.models import load
 from preceptor.policies import Alternating, Asked, Chance, FillBalanced, Policy, Proportional, Threshold
 from preceptor.report import write_report
+from preceptor.schooling import SCHOOL_SEED, Exam, Questions, School, draw_questions, go_to_school
 from preceptor.skill_environments import SkillForest, SkillList
 from preceptor.table import Claim, Table, Value, compare, mean_of
-from preceptor.tasks import Completed, Datum, Item, Task, complete, leaks, report
+from preceptor.tasks import Completed, Datum, Task, complete, report
 from preceptor.training import Training
 
 REQUIRES = "teachers"
@@ -69,32 +70,6 @@ ITERATIONS = "iterations"
 
 Act = Callable[[Mapping[str, Any]], tuple[Any, list[str]]]
 """From what is seen (``info``) to an action of the environment, and why items were lost on the way."""
-
-
-@dataclass(frozen=True)
-class School:
-    """What the small student learns before the first round."""
-
-    weak: tuple[str, ...] = ("reversal/four_digits", "reversal/five_digits")
-    """Subskills of which it sees few items, as ``skill/subskill``."""
-    items: int = 5000
-    """Items of each skill, evenly over its subskills but for the weak ones."""
-    few: int = 40
-    """Items of each weak one."""
-    training: Training = Training(epochs=1, batch_size=32, learning_rate=2e-3, warmup=0.05, weight_decay=0.01)
-    """How it is taught them."""
-
-
-@dataclass(frozen=True)
-class Exam:
-    """What the student is asked; the items are drawn apart from all that is taught."""
-
-    validation: int = 60
-    """Items of each skill whose answers the agent sees, evenly over its subskills."""
-    test: int = 210
-    """Items of each skill for the end, which nobody sees."""
-    answer_length: int = 12
-    """Tokens of an answer at most."""
 
 
 TRAINING = Training(epochs=16, batch_size=16, learning_rate=5e-4, warmup=0.1)
@@ -177,14 +152,6 @@ paper = Config(
 )
 
 
-@dataclass(frozen=True)
-class Questions:
-    """What the student is asked."""
-
-    validation: tuple[Item, ...]
-    test: tuple[Item, ...]
-
-
 def main(config: Config) -> Table:
     """Let an agent teach a student for an episode; write rounds, student, table, pictures and report.
 
@@ -194,7 +161,7 @@ def main(config: Config) -> Table:
     folder = Path(config.output)
     check_folder(folder, config, resume=config.resume)
     task = make_task(config)
-    questions = draw_questions(config, task)
+    questions = draw_questions(config.exam, task, seed=config.training.seed)
     chat = None if config.teacher.model == SYMBOLIC else open_chat(config.teacher)
     open_folder(folder, config, resume=config.resume)
     pupil = make_pupil(config, task, questions, folder / "school")
@@ -235,29 +202,12 @@ def make_task(config: Config) -> Task:
     return Arithmetic(form, config.skills)
 
 
-def draw_questions(config: Config, task: Task) -> Questions:
-    """Validation and test items, evenly over subskills; no test item is a validation item."""
-    validation: list[Item] = []
-    test: list[Item] = []
-    for skill, subskills in task.skills.items():
-        few, many = (-(-count // len(subskills)) for count in (config.exam.validation, config.exam.test))
-        for subskill in subskills:
-            drawn = task.items(few + many, seed=EXAM_SEED + config.training.seed, skill=skill, subskill=subskill)
-            validation += drawn[:few]
-            test += drawn[few:]
-    both = leaks(test, validation)
-    return Questions(tuple(validation), tuple(item for item in test if item.id not in both))
-
-
-EXAM_SEED, SCHOOL_SEED = 7_000_000, 8_000_000  # apart from the seeds of what is taught
-
-
 def make_pupil(config: Config, task: Task, questions: Questions, folder: Path) -> Pupil:
     """The student at the start; ``small`` goes to school first, once for each ``folder``."""
     adapter = ""
     if config.student == SMALL:
         if not (folder / "student").exists():
-            go_to_school(config, task, questions, folder)
+            go_to_school(config.school, task, questions, folder, seed=config.training.seed)
         first = load_pupil_model(folder / "student")
     elif config.student.startswith("lora:"):
         settings = config.student.removeprefix("lora:").split(",")
@@ -268,22 +218,6 @@ def make_pupil(config: Config, task: Task, questions: Questions, folder: Path) -
     batch = 256 if config.student == SMALL else 16
     length = config.exam.answer_length
     return Pupil(first, task, config.training, adapter=adapter, answer_length=length, batch_size=batch)
-
-
-def go_to_school(config: Config, task: Task, questions: Questions, folder: Path) -> None:
-    """Teach a fresh small student unevenly: many items of each subskill, few of the weak ones; none of an exam."""
-    school, seed, items = config.school, config.training.seed, list[Item]()
-    for skill, subskills in task.skills.items():
-        for subskill in subskills:
-            count = school.few if f"{skill}/{subskill}" in school.weak else school.items // len(subskills)
-            items += task.items(count, seed=SCHOOL_SEED + seed, skill=skill, subskill=subskill)
-    held_out = leaks(items, [*questions.validation, *questions.test])
-    lessons = [task.datum(item) for item in items if item.id not in held_out]
-    first = small_student(seed=seed, sees=config.task == "visual")
-    pupil = Pupil(first, task, replace(school.training, seed=seed))
-    shutil.rmtree(folder, ignore_errors=True)
-    pupil.learn(lessons, folder / "training")
-    pupil.save(folder / "student", card={"method": "school", "items": len(lessons), "weak": ", ".join(school.weak)})
 
 
 def make_world(
@@ -490,7 +424,7 @@ def one_seed(name: str, seed: int, folder: Path, *, full: bool) -> dict[str, dic
         training=replace(config.training, seed=seed),
     )
     task = make_task(config)
-    questions = draw_questions(config, task)
+    questions = draw_questions(config.exam, task, seed=config.training.seed)
     pupil = make_pupil(config, task, questions, folder / f"school-{config.task}-{seed}")
     path = folder / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}{'-full' if full else ''}"
     figures: dict[str, dict[str, float]] = {}

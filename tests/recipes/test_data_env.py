@@ -18,10 +18,10 @@ from preceptor.environment import Episode  # noqa: E402
 from preceptor.errors import UserError  # noqa: E402
 from preceptor.iterations import datum_from, datum_json, read_iterations, read_lines  # noqa: E402
 from preceptor.language import ChatSettings  # noqa: E402
+from preceptor.learners import Pupil  # noqa: E402
 from preceptor.recipes import data_env  # noqa: E402
 from preceptor.recipes.data_env import (  # noqa: E402
     Config,
-    draw_questions,
     make_pupil,
     make_task,
     make_world,
@@ -29,6 +29,7 @@ from preceptor.recipes.data_env import (  # noqa: E402
     shuffled,
     tiny,
 )
+from preceptor.schooling import draw_questions, go_to_school  # noqa: E402
 from preceptor.tasks.figures import Figures  # noqa: E402
 
 
@@ -73,7 +74,7 @@ def test_an_agent_without_state_sees_nothing_and_checks_nothing_of_the_student(t
     for agent, seen in (("with_state", True), ("no_state", False), ("random", False)):
         config = replace(tiny, agent=agent, output=str(tmp_path / agent))  # type: ignore[arg-type]
         task = make_task(config)
-        questions = draw_questions(config, task)
+        questions = draw_questions(config.exam, task, seed=0)
         pupil = make_pupil(config, task, questions, tmp_path / "school")
         environment, _ = make_world(config, task, pupil, questions, None)
         assert environment.episode.reject_known is seen
@@ -82,7 +83,7 @@ def test_an_agent_without_state_sees_nothing_and_checks_nothing_of_the_student(t
 
 def test_no_question_is_a_test_item_and_a_validation_item(tmp_path: Path) -> None:
     config = Config()
-    questions = draw_questions(config, make_task(config))
+    questions = draw_questions(config.exam, make_task(config), seed=0)
     validation = {item.instruction for item in questions.validation}
     assert not validation & {item.instruction for item in questions.test}
     assert min(Counter(item.skill for item in questions.test).values()) >= 200
@@ -94,10 +95,11 @@ def test_school_gives_few_items_of_what_is_to_stay_weak(tmp_path: Path, monkeypa
     def learn(self: object, data: list, folder: Path) -> None:
         learned.append(Counter(datum.subskill for datum in data))
 
-    monkeypatch.setattr(data_env.Pupil, "learn", learn)
+    monkeypatch.setattr(Pupil, "learn", learn)
     config = Config(skills=("reversal",))
     task = make_task(config)
-    data_env.go_to_school(config, task, draw_questions(config, task), tmp_path / "school")
+    questions = draw_questions(config.exam, task, seed=0)
+    go_to_school(config.school, task, questions, tmp_path / "school", seed=0)
     assert config.school.few - 5 <= learned[0]["four_digits"] <= config.school.few
     assert config.school.few - 5 <= learned[0]["five_digits"] <= config.school.few
     assert learned[0]["three_digits"] > 1000  # some of these are in the exam, and left out
