@@ -316,7 +316,8 @@ def _curator(url: str, count: int, folder: str) -> dict[str, float]:
     os.environ |= {"OPENAI_API_KEY": "not-a-secret-at-all", "CURATOR_DISABLE_RICH_DISPLAY": "1"}
     # Its token counts need a file from the network, which litellm, which it brings, has too.
     litellm = importlib.util.find_spec("litellm")
-    assert litellm is not None and litellm.origin is not None
+    assert litellm is not None
+    assert litellm.origin is not None
     os.environ["TIKTOKEN_CACHE_DIR"] = str(Path(litellm.origin).parent / "litellm_core_utils" / "tokenizers")
     from bespokelabs import curator
 

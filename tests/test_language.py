@@ -288,8 +288,9 @@ def test_no_window_of_a_minute_has_more_than_the_limits(limits: Limits) -> None:
         now += pace.wait(now, 1, tokens)
         assert pace.wait(now, 1, tokens) == 0.0
         call = pace.begin(now, 1, tokens)
-        call.tokens = draw.randint(1, tokens)
-        begun.append((now, call.tokens))
+        took = draw.randint(1, tokens)
+        pace.settle(call, took)
+        begun.append((now, took))
         now += draw.choice([0.0, 0.0, 1.0, 20.0])
     for start, _ in begun:
         window = [tokens for at, tokens in begun if start <= at <= start + 60]

@@ -1,3 +1,4 @@
+import asyncio
 import email.utils
 import json
 import logging
@@ -122,6 +123,7 @@ def test_too_much_patience_is_a_failure() -> None:
     assert len(server.calls) == 1
 
 
+SLOW, SHORT = ("silence", "a slow body"), 1.0
 FAULTS: dict[str, tuple[Deed, str]] = {
     "500": (refuses(500), "500 no"),
     "502 with a page": (refuses(502, "<html>Bad\n gateway</html>"), "502 <html>Bad gateway</html>"),
@@ -137,8 +139,8 @@ FAULTS: dict[str, tuple[Deed, str]] = {
     "a list": (writes(http(200, "[1]")), "the answer is not JSON"),
     "no choices": (writes(http(200, '{"choices": []}')), "the answer has no choices[0]"),
     "wrong choices": (writes(http(200, '{"choices": ["x"]}')), "the answer has no choices[0]"),
-    "silence": (writes(b"", seconds=5.0), "no answer within 0.3 s"),
-    "a slow body": (writes(http(200, "{" + " " * 500)[:-400], seconds=5.0), "no answer within 0.3 s"),
+    "silence": (writes(b"", seconds=60.0), "no answer within 1 s"),
+    "a slow body": (writes(http(200, "{" + " " * 500)[:-400], seconds=60.0), "no answer within 1 s"),
 }
 
 
@@ -146,7 +148,7 @@ FAULTS: dict[str, tuple[Deed, str]] = {
 def test_faults_that_pass_are_outlived(fault: str) -> None:
     deed, _ = FAULTS[fault]
     with in_turn(deed, deed) as server:
-        asking = chat(server, call_seconds=0.3, cache="cache.sqlite")
+        asking = chat(server, call_seconds=SHORT if fault in SLOW else 60.0, cache="cache.sqlite")
         assert asking.ask([ask("x")]) == [Reply("said x", 1, 2)]
         assert asking.spent.calls == len(server.calls) == 3
         assert asking.failures() == []
@@ -156,7 +158,7 @@ def test_faults_that_pass_are_outlived(fault: str) -> None:
 def test_faults_that_last_are_told_and_kept(fault: str) -> None:
     deed, reason = FAULTS[fault]
     with Loopback(lambda call: deed if call.asked == "bad" else says()) as server:
-        asking = chat(server, call_seconds=0.3, attempts=2, cache="cache.sqlite")
+        asking = chat(server, call_seconds=SHORT if fault in SLOW else 60.0, attempts=2, cache="cache.sqlite")
         good, bad = asking.ask([ask("good"), ask("bad")])
     assert good.text == "said good"
     assert bad.error.startswith(reason)
@@ -240,7 +242,7 @@ def test_tokens_not_told_are_counted_at_their_most() -> None:
 
 
 def test_calls_with_an_unknown_end_count_at_their_most() -> None:
-    with Loopback(lambda call: writes(b"", seconds=5.0)) as server:
+    with Loopback(lambda call: writes(b"", seconds=60.0)) as server:
         asking = chat(server, call_seconds=0.1, attempts=1)
         asking.ask([ask("xy", max_tokens=10)])
     assert asking.spent.completion_tokens == 10
@@ -259,12 +261,12 @@ def test_the_budget_counts_repetitions() -> None:
 
 
 def test_an_ask_has_its_time() -> None:
-    with Loopback(lambda call: says(seconds=0.0 if call.number < 3 else 5.0)) as server:
-        asking = chat(server, concurrency=1, total_seconds=0.5, cache="cache.sqlite")
+    with Loopback(lambda call: says(seconds=0.0 if call.number < 3 else 60.0)) as server:
+        asking = chat(server, concurrency=1, total_seconds=2.0, cache="cache.sqlite")
         replies = asking.ask([ask(f"{index}") for index in range(6)])
     assert [bool(reply.error) for reply in replies] == [False] * 3 + [True] * 3
     assert "no answer within" in replies[3].error
-    assert replies[5].error == "not answered: the time of 0.5 s was up"
+    assert replies[5].error == "not answered: the time of 2 s was up"
     assert len(server.calls) == 4
 
 
@@ -419,6 +421,49 @@ def test_tls_is_spoken_and_certificates_are_checked(certificate: Path, monkeypat
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
         replies = chat(server, concurrency=2).ask([ask(f"{index}") for index in range(4)])
     assert [reply.text for reply in replies] == [f"said {index}" for index in range(4)]
+
+
+class Tunnel(Loopback):
+    """A proxy that lets CONNECT through to wherever ``target`` is."""
+
+    target = 0
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        headers = dict(line.split(": ") for line in head.split("\r\n")[1:-2])
+        self.calls.append(Call(0, *head.split()[:2], headers, {}, 0.0))
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self.target)
+        writer.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
+
+        async def pass_on(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+            while part := await source.read(4096):
+                sink.write(part)
+            sink.close()
+
+        await asyncio.gather(pass_on(reader, far_writer), pass_on(far_reader, writer), return_exceptions=True)
+
+
+def test_tls_goes_through_the_tunnel_of_a_proxy(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    with Loopback(tls=context) as server, Tunnel() as proxy:
+        proxy.target = server.port
+        monkeypatch.setenv("https_proxy", f"http://me:pass%20word@127.0.0.1:{proxy.port}")
+        replies = chat(server, concurrency=2).ask([ask(f"{index}") for index in range(5)])
+    assert [reply.text for reply in replies] == [f"said {index}" for index in range(5)]
+    assert [call.path for call in proxy.calls] == [f"localhost:{server.port}"] * 2
+    assert proxy.calls[0].headers["Proxy-Authorization"] == "Basic bWU6cGFzcyB3b3Jk"
+    assert "proxy-authorization" not in server.calls[0].headers
+
+
+def test_an_answer_that_nobody_asked_for_is_nobodys() -> None:
+    async def twice(writer: Any, call: Call) -> None:
+        writer.write(http(200, answer(call)) + http(200, '{"choices": [{"message": {"content": "stale"}}]}'))
+
+    with Loopback(lambda call: twice) as server:
+        replies = chat(server, concurrency=2, attempts=1).ask([ask(f"{index}") for index in range(8)])
+    assert [reply.text for reply in replies] == [f"said {index}" for index in range(8)]
 
 
 def test_a_proxy_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch) -> None:

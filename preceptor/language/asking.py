@@ -64,9 +64,11 @@ class Gate:
                 if not failed.again or attempt >= self.limits.attempts:
                     tried = f", after {attempt} attempts" if attempt > 1 else ""
                     raise CallFailed(f"{failed.reason}{tried}", again=failed.again) from None
-                if pause > LONGEST_WAIT or time.monotonic() + pause > self.deadline:
+                if pause > LONGEST_WAIT:
                     why = f"{failed.reason}; the endpoint asks to wait {pause:.0f} s, which is too long"
                     raise CallFailed(why) from None
+                if time.monotonic() + pause > self.deadline:
+                    raise CallFailed(f"{failed.reason}; no time was left to try again") from None
                 if failed.wait:
                     self.pace.pause(time.monotonic() + failed.wait)
             attempt += 1
@@ -113,7 +115,7 @@ class Gate:
         finally:
             # What was broken off, even by Ctrl-C, counts at the most that it can have come to.
             self.meter.settle(size.prompt, size.completion, prompt, completion)
-            begun.tokens = prompt + completion
+            self.pace.settle(begun, prompt + completion)
             self.under_way -= 1
             self.settled.set()
 

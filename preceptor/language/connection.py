@@ -7,6 +7,7 @@ than the rest of the way together. The parsing of what comes back is httptools',
 from __future__ import annotations
 
 import asyncio
+import base64
 import ssl
 import urllib.parse
 import urllib.request
@@ -39,14 +40,15 @@ class Connection(asyncio.Protocol):
         self._parser = HttpResponseParser(self)
         self._response = Response()
         self._done: asyncio.Future[Response] | None = None
+        self._head_only = False
 
-    async def exchange(self, call: bytes) -> Response:
-        """Send a call and wait for what comes back.
+    async def exchange(self, call: bytes, *, head_only: bool = False) -> Response:
+        """Send a call and wait for what comes back; ``head_only``: for its head, after which no HTTP follows.
 
         Raises:
             ConnectionError: the connection broke before the answer was whole, or the answer is not HTTP.
         """
-        self._response = Response()
+        self._response, self._head_only = Response(), head_only
         self._done = asyncio.get_running_loop().create_future()
         self._transport.write(call)
         try:
@@ -82,9 +84,21 @@ class Connection(asyncio.Protocol):
             self.on_message_complete()
         self._fail(str(error) if error else "the server closed it before the answer was whole")
 
+    def on_message_begin(self) -> None:
+        """httptools': an answer begins; one that nobody waits for spoils the connection."""
+        self._response = Response()
+        if self._done is None or self._done.done():
+            self._retire()
+
     def on_header(self, name: bytes, value: bytes) -> None:
         """httptools': a header of the answer."""
         self._response.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+
+    def on_headers_complete(self) -> None:
+        """httptools': the head is whole."""
+        if self._head_only and self._done is not None and not self._done.done():
+            self._response.status = self._parser.get_status_code()
+            self._done.set_result(self._response)
 
     def on_body(self, body: bytes) -> None:
         """httptools': a part of the body."""
@@ -96,13 +110,17 @@ class Connection(asyncio.Protocol):
         """httptools': the answer is whole; one with a status below 200 only announces another."""
         status = self._parser.get_status_code()
         if 100 <= status < 200:
-            self._response = Response()
             return
         if not self._parser.should_keep_alive():
-            self.open = False
+            self._retire()
         if self._done is not None and not self._done.done():
             self._response.status = status
             self._done.set_result(self._response)
+
+    def _retire(self) -> None:
+        """No further call on it."""
+        self.open = False
+        self._transport.close()
 
     def _fail(self, reason: str) -> None:
         self.open = False
@@ -124,11 +142,15 @@ class Connections:
         self._host, self._port = parts.hostname, parts.port or (443 if secure else 80)
         self._tls = ssl.create_default_context() if secure else None
         bypassed = urllib.request.proxy_bypass(parts.netloc)
-        self._proxy = None if bypassed else urllib.request.getproxies().get(parts.scheme)
+        named = None if bypassed else urllib.request.getproxies().get(parts.scheme)
+        self._proxy = None if named is None else urllib.parse.urlsplit(named if "//" in named else f"//{named}")
+        self._to_proxy = "" if self._proxy is None else _credentials(self._proxy)
         # A proxy forwards plain HTTP by the whole address, and TLS through a tunnel.
-        self._before = f"{parts.scheme}://{parts.netloc}" if self._proxy and not secure else ""
+        forwarded = self._proxy is not None and not secure
+        self._before = f"{parts.scheme}://{parts.netloc}" if forwarded else ""
         lines = {"Host": parts.netloc, **headers}
         self._head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+        self._head += self._to_proxy if forwarded else ""
         self._free: list[Connection] = []
         self._all: list[Connection] = []
 
@@ -172,16 +194,25 @@ class Connections:
         if self._proxy is None:
             _, made = await loop.create_connection(Connection, self._host, self._port, ssl=self._tls)
             return made
-        proxy = urllib.parse.urlsplit(self._proxy if "//" in self._proxy else f"//{self._proxy}")
-        transport, connection = await loop.create_connection(Connection, proxy.hostname or "", proxy.port or 80)
+        place = self._proxy.hostname or "", self._proxy.port or 80
+        transport, connection = await loop.create_connection(Connection, *place)
         if self._tls is None:
             return connection
         target = f"{self._host}:{self._port}"
-        response = await connection.exchange(f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n".encode("latin-1"))
+        head = f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n{self._to_proxy}\r\n"
+        response = await connection.exchange(head.encode("latin-1"), head_only=True)
         if response.status != 200:
+            connection.close()
             raise ConnectionError(f"the proxy answered {response.status}")
         tunnel = Connection()
         secured = await loop.start_tls(transport, tunnel, self._tls, server_hostname=self._host)
         assert secured is not None
         tunnel.connection_made(secured)
         return tunnel
+
+
+def _credentials(proxy: urllib.parse.SplitResult) -> str:
+    if proxy.username is None:
+        return ""
+    pair = f"{urllib.parse.unquote(proxy.username)}:{urllib.parse.unquote(proxy.password or '')}"
+    return f"Proxy-Authorization: Basic {base64.b64encode(pair.encode()).decode()}\r\n"

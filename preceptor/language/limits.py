@@ -147,6 +147,7 @@ class Pace:
         self._requests = limits.requests_per_minute
         self._tokens = limits.tokens_per_minute
         self._begun: deque[Begun] = deque()
+        self._sum_calls = self._sum_tokens = 0
         self._paused_until = 0.0
 
     def never(self, calls: int, tokens: int) -> str:
@@ -164,9 +165,10 @@ class Pace:
         if self._requests is None and self._tokens is None:
             return 0.0
         while self._begun and self._begun[0].at <= now - WINDOW:
-            self._begun.popleft()
-        over_calls = sum(call.calls for call in self._begun) + calls - (self._requests or 1 << 60)
-        over_tokens = sum(call.tokens for call in self._begun) + tokens - (self._tokens or 1 << 60)
+            gone = self._begun.popleft()
+            self._sum_calls, self._sum_tokens = self._sum_calls - gone.calls, self._sum_tokens - gone.tokens
+        over_calls = 0 if self._requests is None else self._sum_calls + calls - self._requests
+        over_tokens = 0 if self._tokens is None else self._sum_tokens + tokens - self._tokens
         until = now
         for call in self._begun:
             if over_calls <= 0 and over_tokens <= 0:
@@ -176,11 +178,18 @@ class Pace:
         return max(0.0, until - now)
 
     def begin(self, now: float, calls: int, tokens: int) -> Begun:
-        """Note a call; set ``tokens`` of what is returned when they are known."""
+        """Note a call that takes at most so many tokens."""
         begun = Begun(now, calls, tokens)
         if self._requests is not None or self._tokens is not None:
             self._begun.append(begun)
+            self._sum_calls, self._sum_tokens = self._sum_calls + calls, self._sum_tokens + tokens
         return begun
+
+    def settle(self, begun: Begun, tokens: int) -> None:
+        """Note how many tokens it took. One that began more than a minute ago counts no more."""
+        if self._begun and begun.at >= self._begun[0].at:
+            self._sum_tokens += tokens - begun.tokens
+        begun.tokens = tokens
 
     def pause(self, until: float) -> None:
         """Let no call begin before."""
