@@ -105,7 +105,9 @@ def main(config: Config) -> None:
     except (Quit, EOFError, KeyboardInterrupt):
         flags = f" --output {config.output}" if config.output != Config.output else ""
         told = _words_that_differ(config)
-        console.print(f"\nKept {len(record.turns())} turns. Go on with: preceptor chat{told}{flags} --resume")
+        console.print(
+            f"\nKept {len(record.turns())} turns. Go on with: preceptor chat{told}{flags} --resume", soft_wrap=True
+        )
         return
     console.print(Panel(ENDS[str(dialogue.outcome)], expand=False))
     if config.person == "student" and dialogue.outcome == "out of turns":

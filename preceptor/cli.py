@@ -155,8 +155,10 @@ def _parse(kind: type, words: list[str], program: str, description: str | None, 
             return tyro.cli(kind, args=words, prog=program, description=told, default=start)
     except SystemExit as stop:
         # A setting that its dataclass refuses is said in our one sentence, not in tyro's frame around it.
-        cause = stop.__context__.__context__ if stop.__context__ else None
-        if isinstance(cause, UserError):
+        cause = stop.__context__
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__context__
+        if cause is not None:
             raise cause from None
         sys.stderr.write(complaint.getvalue())
         raise
