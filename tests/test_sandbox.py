@@ -622,12 +622,13 @@ def test_workers_end_with_the_process_that_started_them(tmp_path: Path, root: Pa
     script = (
         "from preceptor.sandbox import *; import os; s = Sandbox(workers=1);"
         "assert s.judge([Program('def f(x): return x', 'f(1) == 1')])[0].passed;"
-        "print(s._idle.queue[0].process.pid, flush=True); os._exit(0)"
+        "print(s._idle.queue[0].process.pid, s._idle.queue[0].folder, flush=True); os._exit(0)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=root)
-    process = int(done.stdout)
-    for _ in range(1000):
-        if not Path(f"/proc/{process}").exists() or "(zombie)" in Path(f"/proc/{process}/status").read_text():
+    process, folder = done.stdout.split()
+    for _ in range(2000):
+        status = Path(f"/proc/{process}/status")
+        if not Path(folder).exists() and (not status.exists() or "(zombie)" in status.read_text()):
             return
         __import__("time").sleep(0.01)
     pytest.fail("the worker outlived its parent")

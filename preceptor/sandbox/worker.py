@@ -294,7 +294,7 @@ def _read_exactly(count: int) -> bytes:
     while len(held) < count:
         piece = os.read(0, count - len(held))
         if not piece:
-            sys.exit(0)  # the parent has closed its end
+            raise EOFError
         held += piece
     return held
 
@@ -319,7 +319,11 @@ def main(told: str) -> None:
     gc.collect()
     gc.freeze()
     _answer(layers)
-    while True:
-        (length,) = struct.unpack(">I", _read_exactly(4))
-        asked = json.loads(_read_exactly(length))
-        _answer(worker.run(asked["source"], asked["calls"]))
+    try:
+        while True:
+            (length,) = struct.unpack(">I", _read_exactly(4))
+            asked = json.loads(_read_exactly(length))
+            _answer(worker.run(asked["source"], asked["calls"]))
+    except (EOFError, BrokenPipeError):  # the parent has ended, perhaps without removing the folder
+        with contextlib.suppress(OSError):
+            worker.folder.rmdir()
