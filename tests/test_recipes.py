@@ -53,7 +53,7 @@ def weights(folder: Path) -> str:
     state = load_file(folder / "student" / "model.safetensors")
     digest = hashlib.sha256()
     for name in sorted(state):
-        digest.update(name.encode() + state[name].contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(name.encode() + state[name].flatten().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
