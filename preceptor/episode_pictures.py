@@ -97,10 +97,19 @@ def _allocation(axes: Any, rounds: Sequence[Iteration]) -> None:
     """A row a subskill, a column a round; darker is more."""
     leaves, taught = _leaves(rounds), rounds[1:] or rounds
     table = [[sum((d.skill, d.subskill) == leaf for d in one.data) for one in taught] for leaf in leaves]
-    axes.imshow(table, aspect="auto", cmap="Blues", vmin=0, vmax=max(1, 1.3 * max(max(row) for row in table)))
+    most = max(1, *(max(row) for row in table))
+    axes.imshow(table, aspect="auto", cmap="Blues", vmin=0, vmax=1.3 * most)
     for row, cells in enumerate(table):
         for column, count in enumerate(cells):
-            axes.text(column, row, count or "", ha="center", va="center", fontsize=7, color=INK)
+            axes.text(
+                column,
+                row,
+                count or "",
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white" if count > 0.6 * most else INK,
+            )
     axes.set_yticks(range(len(leaves)), [f"{skill} / {subskill}" if subskill else skill for skill, subskill in leaves])
     axes.set_xticks(range(len(taught)), [str(one.number) for one in taught])
     axes.set_xlabel("round", color=INK, fontsize=8)
