@@ -222,7 +222,7 @@ def _partner(config: Config) -> Side:
     }
     if config.partner in scripts:
         return scripts[config.partner]
-    chat = open_chat(config.chat)
+    chat = open_chat(config.chat, shown=False)
     return ChatTutor(chat, config.voice) if config.person == "student" else ChatStudent(chat, config.voice)
 
 

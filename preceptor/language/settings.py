@@ -38,14 +38,15 @@ class ChatSettings:
         check_key_variable(self.key_variable)
 
 
-def open_chat(settings: ChatSettings) -> Chat:
-    """The chat that the settings describe; a local model is loaded.
+def open_chat(settings: ChatSettings, *, shown: bool = True) -> Chat:
+    """The chat that the settings describe; a local model is loaded. ``shown``: whether it shows its progress.
 
     Raises:
         UserError: the model cannot be loaded, the endpoint's address or key is missing, a package is missing, or the
             cache is something else.
     """
-    return Chat(_backend(settings), cache=settings.cache or None, budget=settings.budget, limits=settings.limits)
+    backend, cache = _backend(settings), settings.cache or None
+    return Chat(backend, cache=cache, budget=settings.budget, limits=settings.limits, shown=shown)
 
 
 def _backend(settings: ChatSettings) -> Backend:
