@@ -80,6 +80,20 @@ TRAINING = Training(steps=60, batch_size=4, learning_rate=6.25e-5, schedule="lin
 
 
 @dataclass(frozen=True)
+class Reading:
+    """What a tutor reads before its turn."""
+
+    knowledge: tuple[Knowledge, ...] = ("problem", "solution")
+    """K, what the tutor is told."""
+    with_move: bool = True
+    """Whether the tutor is told the move A of the turn that it learns."""
+    history: int = 0
+    """Newest turns that are read; 0: all that fit."""
+    max_length: int = 512
+    """Tokens of an example: knowledge, history and the turn to be learned."""
+
+
+@dataclass(frozen=True)
 class Config:
     """Settings of one tutor."""
 
@@ -93,16 +107,10 @@ class Config:
     """JSON Lines with question and answer (GSM8K), whose common errors are picked and played; empty: held-out ones."""
     errors: CommonErrors = CommonErrors()
     """How common errors are picked."""
-    knowledge: tuple[Knowledge, ...] = ("problem", "solution")
-    """K, what the tutor is told."""
-    with_move: bool = True
-    """Whether the tutor is told the move A of the turn that it learns."""
+    reading: Reading = Reading()
+    """What the tutor reads before the turn that it learns."""
     held_out: float = 0.2
     """Share of the conversations held out."""
-    history: int = 0
-    """Newest turns that are read; 0: all that fit."""
-    max_length: int = 512
-    """Tokens of an example: knowledge, history and the turn to be learned."""
     exam: int = 0
     """Held-out turns that are measured at most; 0: all."""
     written: int = 24
@@ -131,8 +139,7 @@ class Config:
 
 tiny = Config(
     tutor="teacher:layers=2",
-    max_length=256,
-    history=3,
+    reading=Reading(history=3, max_length=256),
     written=2,
     voice=Voice(max_tokens=8),
     played=1,
@@ -146,7 +153,7 @@ paper = Config(
     tutor="facebook/opt-1.3b",
     base="facebook/opt-1.3b",
     data="eth-nlped/mathdial",
-    max_length=1024,
+    reading=Reading(max_length=1024),
     written=512,
     played=64,
     output="runs/mathdial/paper",
@@ -208,13 +215,13 @@ def make_pairs(
 
 def encode_pair(before: Dialogue, turn: Turn, config: Config, tokenizer: Any) -> Sequence | None:
     """The tokens of knowledge, history and turn, only the turn to be learned; None where it does not fit alone."""
-    turns = before.turns[-config.history :] if config.history else before.turns
-    move = turn.move if config.with_move else ""
+    turns = before.turns[-config.reading.history :] if config.reading.history else before.turns
+    move = turn.move if config.reading.with_move else ""
     while True:
-        asked = tutor_messages(before, turns, config.knowledge, move)
+        asked = tutor_messages(before, turns, config.reading.knowledge, move)
         answer = {"role": "assistant", "content": turn.text.strip()}
         [whole] = encode([Example(messages=(*asked, answer))], tokenizer, max_length=1 << 20)
-        if len(whole.ids) <= config.max_length:
+        if len(whole.ids) <= config.reading.max_length:
             start = len(whole.prompt)
             return Sequence(whole.ids, (False,) * start + whole.response[start:])
         if len(turns) <= 1:
@@ -339,8 +346,8 @@ def main(config: Config) -> Table | None:
     tutor.save(folder / "student", card={"tutor": config.tutor, "method": "mathdial", "data": config.data or "own"})
     prompted, own = Chat(LocalModel(base), shown=False), Chat(LocalModel(tutor), shown=False)
     tutors: dict[str, Side] = {
-        "fine-tuned": ChatTutor(own, config.voice, config.knowledge),
-        "prompted": ChatTutor(prompted, config.voice, config.knowledge),
+        "fine-tuned": ChatTutor(own, config.voice, config.reading.knowledge),
+        "prompted": ChatTutor(prompted, config.voice, config.reading.knowledge),
         "next step": next_step_tutor,
         "scaffolding": scaffolding_tutor(),
         "teller": teller(2),
@@ -375,7 +382,7 @@ def lessons(
     known = frozenset(dialogue.problem for dialogue in train)
     pairs, exam = make_pairs(train, config, tutor.tokenizer), make_pairs(held_out, config, tutor.tokenizer, known)
     if not pairs or not exam:
-        raise UserError(f"No teacher's turn fits into {config.max_length} tokens: raise max_length.")
+        raise UserError(f"No teacher's turn fits into {config.reading.max_length} tokens: raise reading.max_length.")
     Random(config.training.seed).shuffle(exam)
     return pairs, exam[: config.exam or None]
 
@@ -457,8 +464,9 @@ def keep(path: Path, measure: Callable[[], dict[str, list[float]]]) -> dict[str,
 
 def tutor_arm(test: Path, folder: Path, seed: int, full: bool) -> dict[str, list[float]]:
     """One seed of the fine-tuned tutor: each measure before and after."""
-    size = Config(knowledge=("problem",), max_length=224, history=2, exam=40, written=8, voice=Voice(max_tokens=32))
-    size = Config(history=4, written=64) if full else size
+    reading = Reading(("problem",), history=2, max_length=224)
+    size = Config(reading=reading, exam=40, written=8, voice=Voice(max_tokens=32))
+    size = Config(reading=Reading(history=4), written=64) if full else size
     output = folder / "tutors" / str(seed)
     training = replace(TRAINING, steps=480 if full else 24, seed=seed)
     config = replace(size, data=str(test), output=str(output), training=training, resume=output.exists())

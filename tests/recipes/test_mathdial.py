@@ -24,7 +24,16 @@ from preceptor.language import Chat, Request, Scripted
 from preceptor.models import LanguageModel, load
 from preceptor.next_move import NextMove, counts, read_moves
 from preceptor.recipes import mathdial
-from preceptor.recipes.mathdial import Config, encode_pair, held_out_loss, lessons, make_pairs, read_data, split
+from preceptor.recipes.mathdial import (
+    Config,
+    Reading,
+    encode_pair,
+    held_out_loss,
+    lessons,
+    make_pairs,
+    read_data,
+    split,
+)
 from preceptor.table import compare
 from preceptor.tutoring_study import filters, next_move_claims, scripted_play, uptake_claims, uptake_ratings
 from preceptor.worked_dialogues import worked_dialogues
@@ -139,7 +148,7 @@ def test_problems_of_another_form_are_refused() -> None:
 
 
 def test_only_the_turn_to_be_learned_counts_and_its_loss_is_the_formula(model: LanguageModel) -> None:
-    config = Config(history=2)
+    config = Config(reading=Reading(history=2))
     dialogue = worked_dialogues()[0]
     pairs = make_pairs([dialogue], config, model.tokenizer)
     assert len(pairs) == len(dialogue.of("teacher")) - 1
@@ -164,16 +173,20 @@ def test_only_the_turn_to_be_learned_counts_and_its_loss_is_the_formula(model: L
 def test_a_long_history_loses_its_oldest_turns_and_no_problem(model: LanguageModel) -> None:
     dialogue = worked_dialogues()[0]
     before = replace(dialogue, turns=dialogue.turns[:7])
-    whole = encode_pair(before, Turn("teacher", "Next?"), Config(max_length=2048), model.tokenizer)
+    whole = encode_pair(before, Turn("teacher", "Next?"), Config(reading=Reading(max_length=2048)), model.tokenizer)
     assert whole is not None
-    cut = encode_pair(before, Turn("teacher", "Next?"), Config(max_length=len(whole.ids) - 1), model.tokenizer)
+    cut = encode_pair(
+        before, Turn("teacher", "Next?"), Config(reading=Reading(max_length=len(whole.ids) - 1)), model.tokenizer
+    )
     assert cut is not None
     text = model.tokenizer.decode(cut.ids)
     assert dialogue.problem in text
     assert dialogue.solution.split("\n")[0] in text
     assert dialogue.turns[0].text not in text
     assert dialogue.turns[6].text in text
-    assert encode_pair(before, Turn("teacher", "Next?"), Config(max_length=20), model.tokenizer) is None
+    assert (
+        encode_pair(before, Turn("teacher", "Next?"), Config(reading=Reading(max_length=20)), model.tokenizer) is None
+    )
 
 
 def test_conversations_are_split_and_problems_known(model: LanguageModel) -> None:
@@ -187,8 +200,8 @@ def test_conversations_are_split_and_problems_known(model: LanguageModel) -> Non
     assert {pair.before.problem for pair in exam if not pair.unseen} == {twin.problem}
     with pytest.raises(UserError, match="cannot be split"):
         split(dialogues[:1], 0.2, 0)
-    with pytest.raises(UserError, match="raise max_length"):
-        lessons(train, held_out, Config(max_length=10), model)
+    with pytest.raises(UserError, match=r"raise reading\.max_length"):
+        lessons(train, held_out, Config(reading=Reading(max_length=10)), model)
 
 
 def test_data_that_is_not_there_is_told() -> None:
