@@ -109,7 +109,7 @@ def marks_of(solution: str) -> list[tuple[str, float]]:
 
 def _slip(operation: str, result: str) -> float:
     operation, result = (part.replace(",", "").replace("$", "").replace(" ", "") for part in (operation, result))
-    operation = re.sub(r"(\d(?:\.\d*)?)%", r"(\1/100)", operation)
+    operation = re.sub(r"(\d+(?:\.\d*)?|\.\d+)%", r"(\1/100)", operation)
     percent = result.endswith("%")
     try:
         return abs(arithmetic(operation) - float(_fraction(result.rstrip("%"))) / (100 if percent else 1))
