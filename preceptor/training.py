@@ -15,6 +15,7 @@ that follows or an evaluation, belongs to the step, and to its checkpoint.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -96,6 +97,8 @@ class Run:
         Raises:
             UserError: the folder holds another run, cannot be written, or holds weights that do not fit.
         """
+        # An earlier run of this process lies in a reference cycle, and with it weights and moments of the size of these.
+        gc.collect()
         self.training = training
         self.folder = Path(folder)
         self.accelerator = distribution.start(training.precision, training.trackers, self.folder)

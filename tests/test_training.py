@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -377,3 +378,17 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
         Run(Training(), student=network(), folder=tmp_path / "file" / "run")
     assert "\n" not in str(caught.value)
     assert (tmp_path / "file").read_text() == "here first"
+
+
+def test_a_run_gives_back_what_an_earlier_one_held(tmp_path):
+    def teach(name: str) -> weakref.ref[nn.Module]:
+        student = nn.Linear(3, 1)
+        run = Run(Training(steps=1, batch_size=2), student=student, folder=tmp_path / name)
+        for batch in run.batches(range(2), lambda rows: torch.ones(len(rows), 3)):
+            run.update(run.student(batch).sum(), len(batch))
+        run.finish()
+        return weakref.ref(student)
+
+    first = teach("first")
+    teach("second")
+    assert first() is None
