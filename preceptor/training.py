@@ -97,7 +97,7 @@ class Run:
         Raises:
             UserError: the folder holds another run, cannot be written, or holds weights that do not fit.
         """
-        # An earlier run of this process lies in a reference cycle, and with it weights and moments of the size of these.
+        # An earlier run of this process lies in a reference cycle, and with it weights and moments as large as these.
         gc.collect()
         self.training = training
         self.folder = Path(folder)
