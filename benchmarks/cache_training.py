@@ -24,6 +24,7 @@ from preceptor.folder import write_whole
 from preceptor.lessons import Lessons, Text, prepare
 from preceptor.models import LanguageModel, load
 from preceptor.recipes import gkd
+from preceptor.reproductions.gkd import Recital
 from preceptor.student import make_student
 from preceptor.teacher import Teacher
 from preceptor.training import Run
@@ -53,7 +54,8 @@ def main() -> None:
     result = {"seeds": seeds, "steps": steps}
     for arm in list(figures)[1:]:
         result[arm] = _against(figures[arm], figures["online"]) | {"bytes": bytes_a_token[arm]}
-        table.notes.append(f"{arm}: {compare(figures[arm], figures['online'], '').claim.figure} against online (below 0: nearer to the teacher).")
+        apart = compare(figures[arm], figures["online"], "").claim.figure
+        table.notes.append(f"{arm}: {apart} against online (below 0: nearer to the teacher).")
     table.print()
     if options.save:
         write_whole(Path(__file__).with_suffix(".json"), json.dumps(result | {"table": table.json()}, indent=2) + "\n")
@@ -65,7 +67,7 @@ def _teachers(
     exact: LanguageModel, lessons: Lessons, folder: Path, max_length: int
 ) -> tuple[dict[str, Teacher], dict[str, float | None]]:
     """The teacher itself, and caches of what it said."""
-    teachers: dict[str, Teacher] = {"online": gkd.Recital(exact, lessons.train)}
+    teachers: dict[str, Teacher] = {"online": Recital(exact, lessons.train)}
     sizes: dict[str, float | None] = {"online": None}
     for budget in BUDGETS:
         plan = Plan(Wanted(budget=budget, k=2048))

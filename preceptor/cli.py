@@ -123,15 +123,16 @@ def _preset(recipe: ModuleType, words: list[str]) -> tuple[Any, list[str]]:
 
 
 def _reproduce(name: str, words: list[str]) -> int:
-    recipe = _load(name)
+    method = find_method(name).name
     settings = _parse(
         Reproduction, words, f"preceptor reproduce {name}", f"Reproduce {name}'s claim over several seeds."
     )
     if settings.seeds < 1:
         raise UserError(f"--seeds is {settings.seeds}: give at least 1, and 3 for a claim.")
-    folder = Path(settings.output or f"runs/{recipe.__name__.rpartition('.')[2]}/reproduction")
+    experiment = import_module(f"preceptor.reproductions.{method}")
+    folder = Path(settings.output or f"runs/{method}/reproduction")
     folder.mkdir(parents=True, exist_ok=True)
-    table = recipe.reproduce(settings.seeds, folder, settings.full)
+    table = experiment.reproduce(settings.seeds, folder, settings.full)
     _write(folder / "table.json", json.dumps(table.json(), indent=2, ensure_ascii=False) + "\n")
     _write(folder / "table.md", table.markdown() + "\n")
     table.print()

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from preceptor.dialogue import MOVES, Dialogue, Role
+from preceptor.dialogue import MOVES, Dialogue, Role, Side, play
 from preceptor.errors import UserError
 from preceptor.models import load_encoder
 from preceptor.numerals import final_is, mentions, states_number
@@ -92,6 +92,23 @@ def telling_at(timings: Sequence[Timing], k: int) -> float:
 def _refuse_none(timings: Sequence[Timing]) -> None:
     if not timings:
         raise UserError("There is no dialogue to measure: give at least one.")
+
+
+def play_all(
+    tutors: dict[str, Side], student: Side, cases: Sequence[Dialogue], rounds: int
+) -> tuple[dict[str, dict[str, float]], dict[str, list[Dialogue]]]:
+    """Every tutor against the student on the same cases: figures in percent, and the dialogues."""
+    held = {name: play(tutor, student, cases, rounds=rounds) for name, tutor in tutors.items()}
+    figures = {}
+    for name, dialogues in held.items():
+        loose, strict = ([timing(one, strict_final=final) for one in dialogues] for final in (False, True))
+        figures[name] = {
+            f"success@{rounds}": 100 * success_at(loose, rounds),
+            f"success@{rounds}, final number": 100 * success_at(strict, rounds),
+            f"telling@{rounds}": 100 * telling_at(loose, rounds),
+            "last answer right": 100 * sum(one.final_correct for one in loose) / len(loose),
+        }
+    return figures, held
 
 
 def answer_was_there(dialogue: Dialogue) -> bool:

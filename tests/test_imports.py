@@ -11,9 +11,9 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "preceptor"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 RECIPES = sorted((PACKAGE / "recipes").glob("[!_]*.py"))
+REPRODUCTIONS = sorted((PACKAGE / "reproductions").glob("[!_]*.py"))
 FORBIDDEN = {"utils", "helpers", "common", "misc", "base", "core", "manager", "_lib"}
 LONGEST_FILE = 400
-LONGEST_RECIPE = 500  # the method, its settings and its reproduction stand in one file, so that it can be read as one
 LONGEST_FUNCTION = 80
 DEEPEST = 4
 
@@ -53,15 +53,28 @@ def test_public_names_load() -> None:
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_only_the_command_line_reaches_recipes(path: Path) -> None:
-    """The core imports no recipe and a recipe no other, so that deleting a method is deleting one file and its test."""
-    recipes = {f"preceptor.recipes.{recipe.stem}" for recipe in RECIPES} - {name_of(path)}
-    assert not recipes & set(imported(path))
+    """The core imports no recipe and a recipe no other, so that deleting a method is deleting its files.
+
+    A reproduction imports its own recipe.
+    """
+    own = {name_of(path)} | ({f"preceptor.recipes.{path.stem}"} if path in REPRODUCTIONS else set())
+    methods = {f"preceptor.{folder}.{recipe.stem}" for folder in ("recipes", "reproductions") for recipe in RECIPES}
+    assert not (methods - own) & set(imported(path))
+
+
+def test_every_recipe_has_its_reproduction() -> None:
+    assert [path.stem for path in REPRODUCTIONS] == [path.stem for path in RECIPES]
+    for path in REPRODUCTIONS:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        (found,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "reproduce")
+        assert [argument.arg for argument in found.args.args] == ["seeds", "folder", "full"]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_can_be_deleted(recipe: Path, tmp_path: Path) -> None:
     shutil.copytree(PACKAGE, tmp_path / "preceptor", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "preceptor" / "recipes" / recipe.name).unlink()
+    for folder in ("recipes", "reproductions"):
+        (tmp_path / "preceptor" / folder / recipe.name).unlink()
     script = f"from preceptor.cli import main; assert main(['list']) == 0; assert main(['run', '{recipe.stem}']) == 2"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -80,7 +93,6 @@ def test_a_recipe_has_the_form(recipe: Path) -> None:
     tree = ast.parse(recipe.read_text(encoding="utf-8"))
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
     assert [argument.arg for argument in functions["main"].args.args] == ["config"]
-    assert [argument.arg for argument in functions["reproduce"].args.args] == ["seeds", "folder", "full"]
     own = [setting for setting in read_settings(recipe) if "." not in setting.name]
     assert {"output", "resume", "training"} <= {setting.name for setting in own}
     assert len(own) <= 16, "at most 15 fields and the training"
@@ -91,7 +103,7 @@ def test_a_recipe_has_the_form(recipe: Path) -> None:
 def test_files_and_functions_are_short(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert path.stem not in FORBIDDEN
-    assert len(text.splitlines()) <= (LONGEST_RECIPE if path in RECIPES else LONGEST_FILE)
+    assert len(text.splitlines()) <= LONGEST_FILE
     tree = ast.parse(text)
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     long = {

@@ -14,7 +14,7 @@ BLOCKS = [
     for path in PAGES
     for number, block in enumerate(re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL))
 ]
-COMMANDS = {"list", "show", "run", "reproduce", "cache", "evaluate", "report", "doctor"}
+COMMANDS = {"list", "show", "run", "reproduce", "chat", "cache", "evaluate", "report", "doctor"}
 
 
 def test_the_readme_is_short() -> None:

@@ -2,7 +2,7 @@
 
 Paper: MathDial: A Dialogue Tutoring Dataset with Rich Pedagogical Properties (Macina et al., Findings of EMNLP 2023),
 https://arxiv.org/abs/2305.14536
-Reproduction: not yet run
+Reproduction: holds over 3 seeds for what was run (measures, moves, uptake, a small tutor); the paper's tutors were not
 
 With teacher turn u_T, history u_<T, knowledge K (problem, worked solution, wrong solution) and move A, token by token:
 
@@ -11,7 +11,8 @@ With teacher turn u_T, history u_<T, knowledge K (problem, worked solution, wron
 The pieces, each in its own module: the common-error picker (``common_errors``), personas, simulated student, prompted
 and scripted tutors (``tutors``), the loop that plays one against the other and the released form (``dialogue``),
 success@k, telling@k, sBLEU, BERT F1 and KF1 (``tutoring``), uptake (``uptake``), the classifier of moves
-(``next_move``). `preceptor chat` puts a person on either side. This file fine-tunes the tutor and measures.
+(``next_move``). `preceptor chat` puts a person on either side. This file fine-tunes the tutor and measures it
+three ways (held-out turns, written turns, play), which is what makes it long.
 
 Decided here, where the paper is silent or another choice fits this package better:
 
@@ -31,10 +32,7 @@ Command: ``preceptor run mathdial --data shared/data/mathdial/test.jsonl``
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-from collections.abc import Callable, Sequence as Listed
+from collections.abc import Sequence as Listed
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -43,13 +41,12 @@ from typing import Any
 
 import torch
 
-from preceptor import tutoring_study as study
 from preceptor.common_errors import CommonErrors, chat_sampler, common_errors, read_problems
 from preceptor.data import Example, Sequence, collate, encode
-from preceptor.dialogue import Dialogue, Side, Turn, parse_dialogue, play, read_dialogues, strip_turn, write_dialogues
+from preceptor.dialogue import Dialogue, Side, Turn, parse_dialogue, read_dialogues, strip_turn, write_dialogues
 from preceptor.errors import UserError
-from preceptor.evaluation import Table, compare, mean_of, write_result
-from preceptor.folder import check_folder, write_whole
+from preceptor.evaluation import Table, mean_of, write_result
+from preceptor.folder import check_folder
 from preceptor.language import Chat
 from preceptor.language.local import LocalModel
 from preceptor.losses.divergences import divergence
@@ -57,7 +54,7 @@ from preceptor.models import LanguageModel, in_evaluation, load, template_hash, 
 from preceptor.report import write_report
 from preceptor.student import make_student
 from preceptor.training import Run, Training
-from preceptor.tutoring import Encoder, answer_was_there, bert_f1, knowledge_f1, sbleu, success_at, telling_at, timing
+from preceptor.tutoring import Encoder, answer_was_there, bert_f1, knowledge_f1, play_all, sbleu
 from preceptor.tutors import (
     DIFFICULTIES,
     NAMES,
@@ -308,23 +305,6 @@ def cases_to_play(config: Config, held_out: Listed[Dialogue], chat: Chat) -> lis
     return cases
 
 
-def play_all(
-    tutors: dict[str, Side], student: Side, cases: Listed[Dialogue], rounds: int
-) -> tuple[dict[str, dict[str, float]], dict[str, list[Dialogue]]]:
-    """Every tutor against the student on the same cases: figures in percent, and the dialogues."""
-    held = {name: play(tutor, student, cases, rounds=rounds) for name, tutor in tutors.items()}
-    figures = {}
-    for name, dialogues in held.items():
-        loose, strict = ([timing(one, strict_final=final) for one in dialogues] for final in (False, True))
-        figures[name] = {
-            f"success@{rounds}": 100 * success_at(loose, rounds),
-            f"success@{rounds}, final number": 100 * success_at(strict, rounds),
-            f"telling@{rounds}": 100 * telling_at(loose, rounds),
-            "last answer right": 100 * sum(one.final_correct for one in loose) / len(loose),
-        }
-    return figures, held
-
-
 def main(config: Config) -> Table | None:
     """Fine-tune a tutor, measure it on held-out turns, play it beside others, and write student, table and report.
 
@@ -417,81 +397,3 @@ def page_samples(told: dict[str, Examined], exam: Listed[Pair]) -> list[dict[str
         answers = {"teacher": pair.turn.text, **{name: one.texts[place] for name, one in told.items()}}
         found.append({"prompt": prompt, "answers": answers})
     return found
-
-
-def data_folder() -> Path:
-    """Where the data of the reproduction lies: ``PRECEPTOR_DATA``, or ``shared/data`` beside the working copy."""
-    return Path(os.environ.get("PRECEPTOR_DATA") or Path(__file__).parents[3] / "shared" / "data")
-
-
-def reproduce(seeds: int, folder: Path, full: bool) -> Table:
-    """The published evaluation on the released dialogues, exactly; moves, uptake, and a fine-tuned tutor.
-
-    Needs the released test split (``mathdial/test.jsonl`` and ``mathdial/moves_*_window_1.csv``), GSM8K and the rated
-    exchanges of ``uptake/uptake_data.csv`` in the folder ``PRECEPTOR_DATA``. Each part and each seed of the tutor is
-    kept when it is done. The tutor reads the problem and the last two turns. ``full``: 20 times its steps, the worked
-    solution and four turns too, all held-out turns.
-    """
-    data = data_folder()
-    test = data / "mathdial" / "test.jsonl"
-    if not test.exists():
-        raise UserError(f"There are no dialogues at {test}: set PRECEPTOR_DATA to the folder with mathdial/test.jsonl.")
-    folder.mkdir(parents=True, exist_ok=True)
-    encoder = "minilm-l6"
-    parts = [study.released_dialogues(test, folder), study.scripted_play(test), study.filters(data / "gsm8k")]
-    moves = keep(folder / "moves.json", lambda: study.next_moves(data / "mathdial", seeds))
-    rated = data / "uptake" / "uptake_data.csv"
-    uptake = keep(folder / "uptake.json", lambda: study.uptake_ratings(rated, seeds, Encoder(encoder)))
-    parts += [study.next_move_claims(moves), study.uptake_claims(uptake, encoder)]
-    table = Table("MathDial: released dialogues, moves, uptake, and a tutor", ["known", "found"])
-    for part in parts:
-        table.rows |= part.rows
-        table.claims += part.claims
-    arms = [keep(folder / f"tutor_{seed}.json", partial(tutor_arm, test, folder, seed, full)) for seed in range(seeds)]
-    add_tutors(table, arms)
-    table.notes.append(f"{seeds} seeds, ± standard error. known: published, or counted by the published evaluation.")
-    table.notes.append("Tutor: SmolLM2-135M-Instruct, conversations split 80/20; known is its loss before.")
-    return table
-
-
-def keep(path: Path, measure: Callable[[], dict[str, list[float]]]) -> dict[str, list[float]]:
-    """What was measured before, or what is measured now and kept."""
-    if not path.exists():
-        write_whole(path, json.dumps(measure()) + "\n")
-    found: dict[str, list[float]] = json.loads(path.read_text(encoding="utf-8"))
-    return found
-
-
-def tutor_arm(test: Path, folder: Path, seed: int, full: bool) -> dict[str, list[float]]:
-    """One seed of the fine-tuned tutor: each measure before and after."""
-    reading = Reading(("problem",), history=2, max_length=224)
-    size = Config(reading=reading, exam=40, written=8, voice=Voice(max_tokens=32))
-    size = Config(reading=Reading(history=4), written=64) if full else size
-    output = folder / "tutors" / str(seed)
-    training = replace(TRAINING, steps=480 if full else 24, seed=seed)
-    config = replace(size, data=str(test), output=str(output), training=training, resume=output.exists())
-    tutor = load(config.tutor)
-    train, held_out = split(read_data(config.data), config.held_out, seed)
-    pairs, exam = lessons(train, held_out, config, tutor)
-    before = examine(tutor, exam, config)
-    teach(start(config, tutor.train()), tutor, pairs)
-    both, encoder = (before, examine(tutor.eval(), exam, config)), Encoder()
-    rows = [
-        {
-            **{f"loss, {part}": value for part, value in one.loss.items()},
-            **text_figures(one.texts, exam[: config.written], encoder),
-        }
-        for one in both
-    ]
-    shutil.rmtree(output / "checkpoints", ignore_errors=True)
-    return {name: [row[name] for row in rows] for name in rows[0]}
-
-
-def add_tutors(table: Table, arms: Listed[dict[str, list[float]]]) -> None:
-    """Rows and claims of the fine-tuned tutors."""
-    for name in arms[0]:
-        before, after = ([arm[name][place] for arm in arms if name in arm] for place in (0, 1))
-        table.rows[f"tutor: {name}"] = {"known": mean_of(before), "found": mean_of(after)}
-        if name.startswith("loss"):
-            text = f"A tutor fine-tuned on released turns has a lower held-out {name} problems"
-            table.claims.append(compare(after, before, text).claim)

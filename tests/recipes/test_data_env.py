@@ -26,9 +26,9 @@ from preceptor.recipes.data_env import (  # noqa: E402
     make_task,
     make_world,
     paper,
-    shuffled,
     tiny,
 )
+from preceptor.reproductions.data_env import shuffled  # noqa: E402
 from preceptor.schooling import draw_questions, go_to_school  # noqa: E402
 from preceptor.tasks.figures import Figures  # noqa: E402
 

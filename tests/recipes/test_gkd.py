@@ -14,7 +14,8 @@ from preceptor.knowledge import HiddenTargets
 from preceptor.lessons import Lessons, Text
 from preceptor.models import LanguageModel, load
 from preceptor.own_samples import OwnSamples
-from preceptor.recipes.gkd import Config, Objective, Recital, Shuffled, main, teach
+from preceptor.recipes.gkd import Config, Objective, main, teach
+from preceptor.reproductions.gkd import Recital, Shuffled
 from preceptor.teacher import FrozenTeacher
 from preceptor.training import Run, Training
 

@@ -34,6 +34,7 @@ from preceptor.recipes.mathdial import (
     read_data,
     split,
 )
+from preceptor.reproductions import mathdial as experiment
 from preceptor.table import compare
 from preceptor.tutoring_study import filters, next_move_claims, scripted_play, uptake_claims, uptake_ratings
 from preceptor.worked_dialogues import worked_dialogues
@@ -216,7 +217,7 @@ def test_data_that_is_not_there_is_told() -> None:
 def test_a_reproduction_without_data_says_where_it_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PRECEPTOR_DATA", str(Path("nowhere").absolute()))
     with pytest.raises(UserError, match=r"PRECEPTOR_DATA .*mathdial/test\.jsonl"):
-        mathdial.reproduce(1, Path("out"), False)
+        experiment.reproduce(1, Path("out"), False)
 
 
 def test_what_was_measured_is_kept() -> None:
@@ -226,7 +227,7 @@ def test_what_was_measured_is_kept() -> None:
         calls.append(1)
         return {"a": [1.0]}
 
-    assert mathdial.keep(Path("a.json"), measure) == mathdial.keep(Path("a.json"), measure) == {"a": [1.0]}
+    assert experiment.keep(Path("a.json"), measure) == experiment.keep(Path("a.json"), measure) == {"a": [1.0]}
     assert len(calls) == 1
 
 

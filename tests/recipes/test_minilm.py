@@ -18,6 +18,7 @@ from preceptor.models import load
 from preceptor.probing import random_pairs
 from preceptor.recipes import minilm
 from preceptor.recipes.minilm import Config, learn, main, measure, objective, tiny
+from preceptor.reproductions import minilm as experiment
 from preceptor.sentence_study import SentenceExam, Study
 from preceptor.training import Run, Training
 
@@ -243,17 +244,17 @@ def test_the_reproduction_keeps_its_arms_and_goes_on(study, tmp_path, monkeypatc
     def short(study, seed, path, *, steps):
         return one_seed(study, seed, path, steps=4)
 
-    one_seed = minilm.one_seed
-    monkeypatch.setattr(minilm, "make_study", lambda name, **sizes: study)
-    monkeypatch.setattr(minilm, "one_seed", short)
-    table = minilm.reproduce(1, tmp_path / "there", full=False)
-    assert set(table.rows) == {"uniform", *minilm.ARMS}
+    one_seed = experiment.one_seed
+    monkeypatch.setattr(experiment, "make_study", lambda name, **sizes: study)
+    monkeypatch.setattr(experiment, "one_seed", short)
+    table = experiment.reproduce(1, tmp_path / "there", full=False)
+    assert set(table.rows) == {"uniform", *experiment.ARMS}
     assert table.rows["full"]["L_AT"].mean != table.rows["untaught"]["L_AT"].mean
     assert table.rows["value only"]["loss left"].mean < 100
     refused = [claim for claim in table.claims if "refuses" in claim.text]
     assert refused[0].holds
     assert not table.holds, "one seed has no standard error, so no comparison can hold"
     assert not list((tmp_path / "there").rglob("*.safetensors"))
-    monkeypatch.setattr(minilm, "one_arm", None)
-    again = minilm.reproduce(1, tmp_path / "there", full=False)
+    monkeypatch.setattr(experiment, "one_arm", None)
+    again = experiment.reproduce(1, tmp_path / "there", full=False)
     assert again.json() == table.json()

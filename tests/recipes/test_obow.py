@@ -16,6 +16,7 @@ from preceptor.errors import UserError
 from preceptor.images import Images, held
 from preceptor.recipes import obow
 from preceptor.recipes.obow import Config, Student, lesson, make, momentum_at, tiny
+from preceptor.reproductions import obow as experiment
 from preceptor.teacher import MomentumTeacher
 from preceptor.training import NonFiniteLoss, Run, Training
 from preceptor.views import Views, student_views, teacher_view
@@ -261,13 +262,13 @@ def test_the_reproduction_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPat
         training = replace(tiny.training, steps=12, batch_size=16, seed=seed)
         return replace(SMALL, data="digits", limit=0, training=training, views=Views(side=28, size=28)), "digits"
 
-    monkeypatch.setattr(obow, "study", short)
-    table = obow.reproduce(2, Path("out"), full=False)
-    assert list(table.rows) == list(obow.ARMS)
+    monkeypatch.setattr(experiment, "study", short)
+    table = experiment.reproduce(2, Path("out"), full=False)
+    assert list(table.rows) == list(experiment.ARMS)
     assert [claim.text for claim in table.claims][:1] == ["The loss is below ln K"]
     assert next(claim for claim in table.claims if claim.text == "The bags sum to 1").holds
     # An arm that is done is not made again.
     path = Path("out/arms/obow_0/figures.json")
     path.write_text(path.read_text().replace('"first loss"', '"first  loss"'))
     with pytest.raises(KeyError, match="first loss"):
-        obow.reproduce(2, Path("out"), full=False)
+        experiment.reproduce(2, Path("out"), full=False)

@@ -1,0 +1,159 @@
+"""DataEnvGym's claim: an agent that sees the student fail teaches more with as many items than one that does not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+from preceptor.environment import Episode
+from preceptor.folder import write_whole
+from preceptor.iterations import (
+    datum_from,
+    datum_json,
+    read_lines,
+)
+from preceptor.learners import Pupil
+from preceptor.recipes.data_env import TRAINING, Config, make_pupil, make_task, make_world
+from preceptor.schooling import Exam, Questions, School, draw_questions
+from preceptor.table import Claim, Table, compare, mean_of
+from preceptor.tasks import Datum, Task, complete, report
+
+# What the reproduction compares, at an equal number of accepted items
+ARMS = {
+    "with_state": "the agent sees the student's answers",
+    "no_state": "the same agent, shown nothing: evenly over skills and subskills",
+    "random": "chance decides how many items each skill gets",
+    "shuffled": "control: the items of with_state, their answers exchanged within each subskill",
+}
+
+STUDIES = {
+    "open-ended, math": Config(training=replace(TRAINING, epochs=8)),
+    "skill list, math": Config(environment="skill_list"),
+    "skill tree, math": Config(environment="skill_tree"),
+    "open-ended, code": Config(
+        task="code",
+        skills=("arithmetic", "strings/joining", "strings/ending"),
+        school=School(weak=("arithmetic/precedence", "strings/ending"), items=6000, few=20),
+        exam=Exam(answer_length=20),
+        episode=Episode(budget=120, rounds=30),
+        items=40,
+        training=replace(TRAINING, epochs=12),
+    ),
+    "open-ended, visual": Config(
+        task="visual",
+        skills=("comparison",),
+        school=School(
+            weak=("comparison/colours",), items=6000, few=20, training=replace(School().training, batch_size=16)
+        ),
+        exam=Exam(answer_length=10),
+        episode=Episode(budget=120, rounds=30),
+        items=40,
+        training=replace(TRAINING, epochs=12),
+    ),
+}
+
+
+def reproduce(seeds: int, folder: Path, full: bool) -> Table:
+    """With state against without, against chance and against a control, in the three environments, with exact teachers.
+
+    A small student that was taught unevenly is taught on until the budget of accepted items is used up, the same number
+    in every arm; no arm leaves out what the student knows, since to know that is to see its state. Arms without state
+    are taught once, at the end: nothing that they do depends on what would come between. Figures are means over
+    subskills, on at least 200 test items of each skill, of the last student, without a choice among rounds. ``full``:
+    twice the items.
+    """
+    done = {name: [one_seed(name, seed, folder, full=full) for seed in range(seeds)] for name in STUDIES}
+    columns = ["test accuracy", "gain", "accepted", "written"]
+    table = Table("data_env: agents that write what a small student is taught", columns)
+    table.units, table.better = {"test accuracy": "%", "gain": "%"}, {"test accuracy": "higher", "gain": "higher"}
+    for name, figures in done.items():
+        for arm in ("untaught", *ARMS):
+            cells = {column: [one[arm][column] for one in figures] for column in columns}
+            table.rows[f"{name}: {arm}"] = {column: mean_of(values) for column, values in cells.items()}
+        table.claims += claims(name, figures)
+    table.notes = [f"{arm}: {what}." for arm, what in ARMS.items()]
+    table.notes.append(f"Mean ± standard error over {seeds} seeds; comparisons are paired by seed.")
+    return table
+
+
+def claims(name: str, figures: list[dict[str, dict[str, float]]]) -> list[Claim]:
+    """What must be observed in one study."""
+    seen, blind, chance, control = ([one[arm]["test accuracy"] for one in figures] for arm in ARMS)
+    start = [one["untaught"]["test accuracy"] for one in figures]
+    gain = compare(control, start, "", better="higher")
+    return [
+        compare(seen, blind, f"{name}: seeing the student beats the same agent without state", better="higher").claim,
+        compare(seen, chance, f"{name}: seeing the student beats chance", better="higher").claim,
+        Claim(f"{name}: shuffled answers teach nothing", gain.claim.figure, not gain.claim.holds),
+    ]
+
+
+def one_seed(name: str, seed: int, folder: Path, *, full: bool) -> dict[str, dict[str, float]]:
+    """The figures of a study's arms for one seed; each arm's are kept once it is done."""
+    config = STUDIES[name]
+    size = 2 if full else 1
+    config = replace(
+        config,
+        episode=replace(config.episode, budget=config.episode.budget * size, reject_known=False),
+        training=replace(config.training, seed=seed),
+    )
+    task = make_task(config)
+    questions = draw_questions(config.exam, task, seed=config.training.seed)
+    pupil = make_pupil(config, task, questions, folder / f"school-{config.task}-{seed}")
+    path = folder / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}{'-full' if full else ''}"
+    figures: dict[str, dict[str, float]] = {}
+    for arm in ("untaught", *ARMS):
+        kept = path / arm / "figures.json"
+        if not kept.exists():
+            shutil.rmtree(path / arm, ignore_errors=True)
+            counts = teach_arm(replace(config, output=str(path / arm)), arm, task, pupil, questions, path)
+            subskills = report(complete(task, questions.test, pupil.answer(questions.test))).subskills.values()
+            accuracy = 100 * sum(one.accuracy for one in subskills) / len(subskills)
+            gain = accuracy - figures["untaught"]["test accuracy"] if figures else 0.0
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(kept, json.dumps({"test accuracy": accuracy, "gain": gain, **counts}) + "\n")
+            print(f"{name}, seed {seed}, {arm}: {accuracy:.1f} % ({gain:+.1f})", flush=True)
+        figures[arm] = json.loads(kept.read_text(encoding="utf-8"))
+    return figures
+
+
+def teach_arm(config: Config, arm: str, task: Task, pupil: Pupil, questions: Questions, path: Path) -> dict[str, float]:
+    """Teach the student as an arm has it; how many items were accepted, and how many written for that."""
+    pupil.restart()
+    if arm == "untaught":
+        return {"accepted": 0, "written": 0}
+    if arm == "shuffled":
+        data = [datum_from(row) for row in read_lines(path / "with_state" / "data.jsonl")]
+        pupil.learn(shuffled(data, config.training.seed), Path(config.output) / "training")
+        return {"accepted": len(data), "written": len(data)}
+    seen = arm == "with_state"
+    episode = replace(config.episode, train_every=1 if seen else config.episode.rounds)
+    config = replace(config, agent="with_state" if seen else "no_state" if arm == "no_state" else "random")
+    environment, act = make_world(replace(config, episode=episode), task, pupil, questions, None)
+    _, info = environment.reset(seed=config.training.seed)
+    written = 0
+    while not environment.over:
+        action, _ = act(info)
+        _, _, _, _, info = environment.step(action)
+        written += len(info["checks"])
+    lines = [json.dumps(datum_json(datum)) + "\n" for datum in environment.data]
+    Path(config.output).mkdir(parents=True, exist_ok=True)
+    write_whole(Path(config.output) / "data.jsonl", "".join(lines))
+    shutil.rmtree(environment.folder, ignore_errors=True)
+    return {"accepted": len(environment.data), "written": written}
+
+
+def shuffled(data: list[Datum], seed: int) -> list[Datum]:
+    """The same items, each with another one's answer: answers move on by one in a random order of each subskill."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for place, datum in enumerate(data):
+        groups.setdefault((datum.skill, datum.subskill), []).append(place)
+    answers = [datum.response for datum in data]
+    for places in groups.values():
+        order = Random(seed).sample(places, len(places))
+        for here, there in zip(order, order[1:] + order[:1]):
+            answers[here] = data[there].response
+    return [replace(datum, response=answer) for datum, answer in zip(data, answers)]
