@@ -24,8 +24,8 @@ from preceptor.tasks import Datum, Task, complete, report
 # What the reproduction compares, at an equal number of accepted items
 ARMS = {
     "with_state": "the agent sees the student's answers",
-    "no_state": "the same agent, shown nothing: evenly over skills and subskills",
-    "random": "chance decides how many items each skill gets",
+    "no_state": "the same agent, shown nothing: evenly over skills and subskills; mean of 3 draws",
+    "random": "chance decides how many items each skill gets; mean of 3 draws",
     "shuffled": "control: the items of with_state, their answers exchanged within each subskill",
 }
 
@@ -42,18 +42,22 @@ STUDIES = {
         items=40,
         training=replace(TRAINING, epochs=12),
     ),
-    "open-ended, visual": Config(
+    "skill tree, visual": Config(
         task="visual",
+        environment="skill_tree",
         skills=("comparison",),
         school=School(
             weak=("comparison/colours",), items=6000, few=20, training=replace(School().training, batch_size=16)
         ),
-        exam=Exam(answer_length=10),
+        exam=Exam(test=600, answer_length=10),
         episode=Episode(budget=120, rounds=30),
         items=40,
         training=replace(TRAINING, epochs=12),
     ),
 }
+
+DRAWS = {"no_state": 3, "random": 3}
+"""How often an arm that sees nothing is let loose on each student: its figures are the mean, its luck evens out."""
 
 
 def reproduce(seeds: int, folder: Path, full: bool) -> Table:
@@ -61,7 +65,8 @@ def reproduce(seeds: int, folder: Path, full: bool) -> Table:
 
     A small student that was taught unevenly is taught on until the budget of accepted items is used up, the same number
     in every arm; no arm leaves out what the student knows, since to know that is to see its state. Arms without state
-    are taught once, at the end: nothing that they do depends on what would come between. Figures are means over
+    are taught once, at the end: nothing that they do depends on what would come between; each is the mean of several
+    such agents (``DRAWS``). Figures are means over
     subskills, on at least 200 test items of each skill, of the last student, without a choice among rounds. ``full``:
     twice the items.
     """
@@ -106,42 +111,49 @@ def one_seed(name: str, seed: int, folder: Path, *, full: bool) -> dict[str, dic
     path = folder / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}{'-full' if full else ''}"
     figures: dict[str, dict[str, float]] = {}
     for arm in ("untaught", *ARMS):
-        kept = path / arm / "figures.json"
-        if not kept.exists():
-            shutil.rmtree(path / arm, ignore_errors=True)
-            counts = teach_arm(replace(config, output=str(path / arm)), arm, task, pupil, questions, path)
-            subskills = report(complete(task, questions.test, pupil.answer(questions.test))).subskills.values()
-            accuracy = 100 * sum(one.accuracy for one in subskills) / len(subskills)
-            gain = accuracy - figures["untaught"]["test accuracy"] if figures else 0.0
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(kept, json.dumps({"test accuracy": accuracy, "gain": gain, **counts}) + "\n")
-            print(f"{name}, seed {seed}, {arm}: {accuracy:.1f} % ({gain:+.1f})", flush=True)
-        figures[arm] = json.loads(kept.read_text(encoding="utf-8"))
+        draws = []
+        for draw in range(DRAWS.get(arm, 1)):
+            kept = path / (f"{arm}-{draw}" if draw else arm) / "figures.json"
+            if not kept.exists():
+                shutil.rmtree(kept.parent, ignore_errors=True)
+                kept.parent.mkdir(parents=True)
+                counts = teach_arm(replace(config, output=str(kept.parent)), arm, task, pupil, questions, draw=draw)
+                subskills = report(complete(task, questions.test, pupil.answer(questions.test))).subskills.values()
+                accuracy = 100 * sum(one.accuracy for one in subskills) / len(subskills)
+                gain = accuracy - figures["untaught"]["test accuracy"] if figures else 0.0
+                write_whole(kept, json.dumps({"test accuracy": accuracy, "gain": gain, **counts}) + "\n")
+                print(f"{name}, seed {seed}, {kept.parent.name}: {accuracy:.1f} % ({gain:+.1f})", flush=True)
+            draws.append(json.loads(kept.read_text(encoding="utf-8")))
+        figures[arm] = {column: sum(one[column] for one in draws) / len(draws) for column in draws[0]}
     return figures
 
 
-def teach_arm(config: Config, arm: str, task: Task, pupil: Pupil, questions: Questions, path: Path) -> dict[str, float]:
+def teach_arm(
+    config: Config, arm: str, task: Task, pupil: Pupil, questions: Questions, *, draw: int
+) -> dict[str, float]:
     """Teach the student as an arm has it; how many items were accepted, and how many written for that."""
+    folder = Path(config.output)
     pupil.restart()
     if arm == "untaught":
         return {"accepted": 0, "written": 0}
     if arm == "shuffled":
-        data = [datum_from(row) for row in read_lines(path / "with_state" / "data.jsonl")]
-        pupil.learn(shuffled(data, config.training.seed), Path(config.output) / "training")
+        data = [datum_from(row) for row in read_lines(folder.parent / "with_state" / "data.jsonl")]
+        pupil.learn(shuffled(data, config.training.seed), folder / "training")
         return {"accepted": len(data), "written": len(data)}
     seen = arm == "with_state"
     episode = replace(config.episode, train_every=1 if seen else config.episode.rounds)
     config = replace(config, agent="with_state" if seen else "no_state" if arm == "no_state" else "random")
-    environment, act = make_world(replace(config, episode=episode), task, pupil, questions, None)
-    _, info = environment.reset(seed=config.training.seed)
+    luck = config.training.seed + 1000 * draw  # of the agent alone: student and lessons keep theirs
+    config = replace(config, episode=episode, training=replace(config.training, seed=luck))
+    environment, act = make_world(config, task, pupil, questions, None)
+    _, info = environment.reset(seed=luck)
     written = 0
     while not environment.over:
         action, _ = act(info)
         _, _, _, _, info = environment.step(action)
         written += len(info["checks"])
     lines = [json.dumps(datum_json(datum)) + "\n" for datum in environment.data]
-    Path(config.output).mkdir(parents=True, exist_ok=True)
-    write_whole(Path(config.output) / "data.jsonl", "".join(lines))
+    write_whole(folder / "data.jsonl", "".join(lines))
     shutil.rmtree(environment.folder, ignore_errors=True)
     return {"accepted": len(environment.data), "written": written}
 
