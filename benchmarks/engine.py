@@ -207,7 +207,7 @@ def measure(task: Task, *, quick: bool) -> dict[str, dict[str, float]]:
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         bare, run = bare_steps(task), run_steps(task, Path(folder) / "run")
-        rounds = (60 if quick else 300) if small else (8 if quick else 14)
+        rounds = (60 if quick else 300) if small else (8 if quick else 40)
         plain = partial(block, bare)
         pairs = compare(partial(block, run), plain, rounds=rounds, steps=4 if small else 1)
         found["Run"] = ratios(pairs)

@@ -38,6 +38,8 @@ INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (key) DO UPDA
 WHERE excluded.error = '' OR answers.error <> ''
 """
 
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
+
 
 @dataclass(frozen=True)
 class Kept:
@@ -51,7 +53,7 @@ class Kept:
 
 def key_of(identity: str, call: Request) -> bytes:
     """32 bytes that name a call: SHA-256 of the backend's identity and every field of the request."""
-    fields = json.dumps(vars(call), sort_keys=True, separators=(",", ":"))
+    fields = _ENCODER.encode(vars(call))
     return hashlib.sha256(f"{identity}\n{fields}".encode("utf-8", "surrogatepass")).digest()
 
 

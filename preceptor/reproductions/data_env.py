@@ -143,15 +143,19 @@ def teach_arm(
     seen = arm == "with_state"
     episode = replace(config.episode, train_every=1 if seen else config.episode.rounds)
     config = replace(config, agent="with_state" if seen else "no_state" if arm == "no_state" else "random")
-    luck = config.training.seed + 1000 * draw  # of the agent alone: student and lessons keep theirs
-    config = replace(config, episode=episode, training=replace(config.training, seed=luck))
-    environment, act = make_world(config, task, pupil, questions, None)
-    _, info = environment.reset(seed=luck)
-    written = 0
-    while not environment.over:
-        action, _ = act(info)
-        _, _, _, _, info = environment.step(action)
-        written += len(info["checks"])
+    for again in range(10):
+        luck = config.training.seed + 1000 * draw + 100 * again  # of the agent alone: student and lessons keep theirs
+        pupil.restart()
+        world = replace(config, episode=episode, training=replace(config.training, seed=luck))
+        environment, act = make_world(world, task, pupil, questions, None)
+        _, info = environment.reset(seed=luck)
+        written = 0
+        while not environment.over:
+            action, _ = act(info)
+            _, _, _, _, info = environment.step(action)
+            written += len(info["checks"])
+        if len(environment.data) >= episode.budget:
+            break  # an agent whom chance lets stop before the budget is used up is no match: draw another
     lines = [json.dumps(datum_json(datum)) + "\n" for datum in environment.data]
     write_whole(folder / "data.jsonl", "".join(lines))
     shutil.rmtree(environment.folder, ignore_errors=True)
