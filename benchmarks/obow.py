@@ -109,6 +109,7 @@ def theirs(setting: Setting, official: Path) -> tuple[Step, nn.Module]:
     sys.path.insert(0, str(official))
     from obow.builder_obow import OBoW
 
+    config = setting.config()
     backbone = make_backbone(setting.backbone, setting.channels, seed=0)
     widths = [dict(backbone.levels)[name] for name in setting.levels]  # type: ignore[arg-type]
     last = list(dict(backbone.levels).values())[-1]  # type: ignore[arg-type]
@@ -117,9 +118,10 @@ def theirs(setting: Setting, official: Path) -> tuple[Step, nn.Module]:
         num_channels=last,
         bow_levels=list(setting.levels),
         bow_extractor_opts_list=[
-            {"num_words": setting.words, "num_channels": width, "inv_delta": 10, "bow_pool": "max"} for width in widths
+            {"num_words": setting.words, "num_channels": width, "inv_delta": config.inv_delta, "bow_pool": "max"}
+            for width in widths
         ],
-        bow_predictor_opts={"kappa": 5},
+        bow_predictor_opts={"kappa": config.kappa},
         alpha=(0.99, 1000),
     ).train()
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
