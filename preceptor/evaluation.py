@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping, Sequence as Listed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -44,7 +45,7 @@ from preceptor.table import Cell, Claim, Comparison, Table, Value, aggregate, co
 __all__ = [
     "LABELS_ONLY", "TAUGHT", "TEACHER", "UNTAUGHT", "Cell", "Claim", "Comparison", "Config", "LanguageMeasures",
     "OwnSampleMeasures", "Said", "Table", "Value", "aggregate", "ask", "compare", "evaluate_language",
-    "evaluate_own_samples", "language_headline", "language_table", "main", "mean_of", "ratio_of", "samples",
+    "evaluate_own_samples", "examine", "language_headline", "language_table", "main", "mean_of", "ratio_of", "samples",
     "write_result",
 ]  # fmt: skip
 
@@ -100,26 +101,67 @@ def main(config: Config) -> None:
     teacher = load(config.teacher or _text(settings, "teacher") or "smollm2", dtype=config.dtype)
     student = load(_weights(config.student, run), dtype=config.dtype)
     same_tokenizer(teacher, student)
-    students = {TAUGHT: student, **_others(config, settings, teacher)}
+    others = _others(config, settings, teacher)
+    students = {name: others[name] for name in (UNTAUGHT, LABELS_ONLY) if name in others} | {TAUGHT: student}
     sequences, shown = _held_out(config, run, teacher)
-    said = ask(teacher, sequences)
-    measures = {TEACHER: evaluate_language(teacher, None, sequences, said=said)}
-    own: dict[str, OwnSampleMeasures] = {}
-    prompts = [sequence.prompt for sequence in sequences if sequence.prompt]
-    for label in (UNTAUGHT, LABELS_ONLY, TAUGHT):
-        if label in students:
-            model = students[label]
-            measures[label] = evaluate_language(model, said, sequences)
-            length = config.answer_length
-            if prompts:
-                own[label] = evaluate_own_samples(model, teacher, prompts, max_new_tokens=length, seed=config.seed)
-    table = language_table(f"{config.student} beside its teacher", measures, own)
-    in_order = {label: teacher if label == TEACHER else students[label] for label in measures}
-    told = samples(in_order, shown, max_new_tokens=config.answer_length) if shown else []
-    command = f"preceptor evaluate {config.student}"
+    examine(
+        folder,
+        teacher,
+        students,
+        sequences,
+        questions=shown,
+        title=f"{config.student} beside its teacher",
+        command=f"preceptor evaluate {config.student}",
+        answer_length=config.answer_length,
+        seed=config.seed,
+    )
+
+
+def examine(
+    folder: Path,
+    teacher: LanguageModel,
+    students: Mapping[str, LanguageModel],
+    exam: Listed[Sequence],
+    *,
+    questions: Listed[Listed[Message]],
+    title: str,
+    command: str,
+    answer_length: int,
+    seed: int = 0,
+) -> Table:
+    """Evaluate students beside their teacher on held-out text and on what they write themselves; show and keep it all.
+
+    The table goes to the terminal; ``result.json``, ``samples.json`` and ``report.html`` into the folder.
+
+    Args:
+        folder: of the run or the evaluation.
+        teacher: that the students are compared with, evaluated too.
+        students: column of the table -> student; the headline names ``TAUGHT`` and ``LABELS_ONLY``.
+        exam: held-out sequences.
+        questions: conversations whose answers are shown side by side.
+        title: of the table.
+        command: that repeats this.
+        answer_length: tokens of an answer that a model writes, at most.
+        seed: of what the students write.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    said, prompts = ask(teacher, exam), [sequence.prompt for sequence in exam if sequence.prompt]
+    measures = {TEACHER: evaluate_language(teacher, None, exam, said=said)}
+    measures |= {name: evaluate_language(student, said, exam) for name, student in students.items()}
+    own = {
+        name: evaluate_own_samples(student, teacher, prompts, max_new_tokens=answer_length, seed=seed)
+        for name, student in students.items()
+        if prompts
+    }
+    table = language_table(title, measures, own)
+    models = {TEACHER: teacher, **students}
+    told = samples(models, questions, max_new_tokens=answer_length) if questions else []
     write_result(folder, table, told, headline=language_headline(measures), command=command)
     table.print()
     print(f"The page: {write_report(folder)}")
+    return table
 
 
 def write_result(

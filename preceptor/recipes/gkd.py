@@ -42,35 +42,17 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from preceptor.cache import Cache
 from preceptor.cache.header import Header
 from preceptor.data import Batch, Sequence, collate
 from preceptor.errors import UserError
-from preceptor.evaluation import (
-    LABELS_ONLY,
-    TAUGHT,
-    TEACHER,
-    UNTAUGHT,
-    Table,
-    ask,
-    evaluate_language,
-    evaluate_own_samples,
-    language_headline,
-    language_table,
-    samples,
-    write_result,
-)
+from preceptor.evaluation import LABELS_ONLY, TAUGHT, UNTAUGHT, Table, examine
 from preceptor.folder import check_folder
-from preceptor.knowledge import Head, SoftTargets
 from preceptor.lessons import Lessons, Text, prepare
-from preceptor.losses import Loss
-from preceptor.losses.divergences import divergence
-from preceptor.losses.rows import Kind
 from preceptor.models import LanguageModel, in_evaluation, load, same_tokenizer, template_hash, tokenizer_hash
+from preceptor.objective import LABELS, Objective
 from preceptor.own_samples import OwnSamples, OwnShare
-from preceptor.report import write_report
 from preceptor.student import make_student
 from preceptor.teacher import AdapterOff, CachedTeacher, FrozenTeacher, Teacher
 from preceptor.training import Run, Training
@@ -78,52 +60,6 @@ from preceptor.training import Run, Training
 REQUIRES = "text"
 
 TRAINING = Training(steps=200, batch_size=8, learning_rate=5e-4, schedule="linear", warmup=0.05, precision="bf16")
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What is minimised at each token of a response."""
-
-    divergence: Kind = "forward_kl"
-    """D between teacher p and student q."""
-    beta: float = 0.5
-    """β of the generalised Jensen-Shannon divergence, in [0, 1]."""
-    alpha: float = 0.1
-    """α of the skewed divergences, in [0, 1]."""
-    temperature: float = 1.0
-    """τ, divides both models' logits; the divergence is multiplied by τ²."""
-    weight: float = 1.0
-    """Weight of the divergence; at 0 no teacher is asked."""
-    label_weight: float = 0.0
-    """Weight w of the cross-entropy to the text's own tokens."""
-
-    def __post_init__(self) -> None:
-        """Refuse what no divergence can take, before anything is loaded."""
-        for name, value in (("beta", self.beta), ("alpha", self.alpha)):
-            if not 0.0 <= value <= 1.0:
-                raise UserError(f"objective.{name} is {value}; choose a value in [0, 1].")
-        if self.temperature <= 0:
-            raise UserError(f"objective.temperature is {self.temperature}; choose a temperature above 0.")
-        if min(self.weight, self.label_weight) < 0 or self.weight + self.label_weight == 0:
-            raise UserError("objective.weight and objective.label_weight must be 0 or more, and one of them above 0.")
-
-    def against(self, said: SoftTargets | None, batch: Batch) -> Callable[[Tensor, Head], Loss]:
-        """The loss of the student's hidden states (batch, length, width) and head, against what the teacher said."""
-        return partial(
-            divergence,
-            teacher=said,
-            kind=self.divergence,
-            beta=self.beta,
-            alpha=self.alpha,
-            temperature=self.temperature,
-            mask=batch.predicts,
-            labels=batch.labels,
-            weight=self.weight,
-            label_weight=self.label_weight,
-        )
-
-
-LABELS = Objective(weight=0.0, label_weight=1.0)
 
 
 @dataclass(frozen=True)
@@ -240,7 +176,7 @@ def main(config: Config) -> Table | None:
     teacher = load(config.teacher, dtype=config.teacher_dtype)
     student = make_student(config.student, teacher, seed=config.training.seed)
     same_tokenizer(teacher, student)
-    run = _start(config, student, teacher)
+    run = start(config, student, teacher)
     with run.accelerator.main_process_first():
         lessons = prepare(config.text, teacher, seed=config.training.seed, path=folder / "lessons.jsonl")
     teach(run, student, _listen(config, run, teacher, student, lessons), lessons, config)
@@ -250,7 +186,8 @@ def main(config: Config) -> Table | None:
     return _examine(config, taught, lessons) if run.is_main else None
 
 
-def _start(config: Config, student: LanguageModel, teacher: LanguageModel) -> Run:
+def start(config: Config, student: LanguageModel, teacher: LanguageModel) -> Run:
+    """The run of one student, with what it rests on written down."""
     tokenizer = teacher.tokenizer
     return Run(
         config.training,
@@ -312,31 +249,29 @@ def _taught_by_labels(config: Config, teacher: LanguageModel, lessons: Lessons) 
     )
     # The teacher may lie in shards by now, which cannot be copied.
     student = make_student(config.student, load(config.teacher), seed=config.training.seed)
-    run = _start(alone, student, teacher)
+    run = start(alone, student, teacher)
     teach(run, student, None, lessons, alone)
     return _whole(run, student, alone)
 
 
 def _examine(config: Config, taught: dict[str, LanguageModel], lessons: Lessons) -> Table:
-    """Evaluate in float32, beside the teacher and the untaught student; write student, table, samples and report."""
+    """Write the students, and evaluate them in float32 beside the teacher and the untaught student."""
     folder = Path(config.output)
     card = {"teacher": config.teacher, "student": config.student, "method": "gkd", "objective": config.objective}
     taught[TAUGHT].save(folder / "student", card=card)
     if LABELS_ONLY in taught:
         taught[LABELS_ONLY].save(folder / "labels" / "student", card={**card, "objective": LABELS})
     teacher = load(config.teacher)
-    models = {TEACHER: teacher, UNTAUGHT: make_student(config.student, teacher, seed=config.training.seed).eval()}
-    models |= {name: taught[name] for name in (LABELS_ONLY, TAUGHT) if name in taught}
-    said, prompts = ask(teacher, lessons.exam), [sequence.prompt for sequence in lessons.exam if sequence.prompt]
-    measures = {TEACHER: evaluate_language(teacher, None, lessons.exam, said=said)}
-    measures |= {name: evaluate_language(models[name], said, lessons.exam) for name in models if name != TEACHER}
-    length = config.text.answer_length
-    own = {
-        name: evaluate_own_samples(taught[name], teacher, prompts, max_new_tokens=length) for name in taught if prompts
-    }
-    table = language_table(f"{config.student} taught by {config.teacher}", measures, own)
-    headline, command = language_headline(measures), f"preceptor run gkd --config {folder / 'config.json'}"
-    write_result(folder, table, samples(models, lessons.questions), headline=headline, command=command)
-    table.print()
-    print(f"The student: {folder / 'student'}\nThe page: {write_report(folder)}")
+    untaught = make_student(config.student, teacher, seed=config.training.seed).eval()
+    table = examine(
+        folder,
+        teacher,
+        {UNTAUGHT: untaught, **{name: taught[name] for name in (LABELS_ONLY, TAUGHT) if name in taught}},
+        lessons.exam,
+        questions=lessons.questions,
+        title=f"{config.student} taught by {config.teacher}",
+        command=f"preceptor run gkd --config {folder / 'config.json'}",
+        answer_length=config.text.answer_length,
+    )
+    print(f"The student: {folder / 'student'}")
     return table

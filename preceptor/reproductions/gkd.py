@@ -1,4 +1,7 @@
-"""GKD's claim: soft targets teach more than labels, own samples more than given text; a shuffled teacher does not."""
+"""GKD's claim: soft targets teach more than labels, own samples more than given text; a shuffled teacher does not.
+
+It imports ``recipes.gkd``, its own, to run the method as it ships (see ``preceptor.reproductions``).
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,9 @@ from preceptor.folder import write_whole
 from preceptor.knowledge import HiddenTargets
 from preceptor.lessons import Text, prepare
 from preceptor.models import LanguageModel, load
+from preceptor.objective import LABELS
 from preceptor.own_samples import OwnSamples
-from preceptor.recipes.gkd import LABELS, Config, _start, teach
+from preceptor.recipes.gkd import Config, start, teach
 from preceptor.student import make_student
 from preceptor.teacher import FrozenTeacher, Teacher
 from preceptor.training import Training
@@ -130,7 +134,7 @@ def _one_seed(seed: int, folder: Path, size: int) -> dict[str, dict[str, float]]
         if arm in arms:
             config = replace(config, output=str(path / arm))
             resume = (path / arm / "config.json").exists()
-            teach(_start(replace(config, resume=resume), student, teacher), student, knows, lessons, config)
+            teach(start(replace(config, resume=resume), student, teacher), student, knows, lessons, config)
             student.save(path / arm / "student")
         figures[arm] = _figures(student.eval(), exact, answers, lessons.exam, own=arm.startswith("then"))
         write_whole(done, json.dumps(figures, indent=2))
