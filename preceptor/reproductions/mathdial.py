@@ -1,4 +1,7 @@
-"""MathDial's measures on the released dialogues, and tutors, moves and uptake beside their baselines."""
+"""MathDial's measures on the released dialogues, and tutors, moves and uptake beside their baselines.
+
+It imports ``recipes.mathdial``, its own, to run the method as it ships (see ``preceptor.reproductions``).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""MiniLM's claim: a student's attention and value relations approach its teacher's, and what that is good for."""
+"""MiniLM's claim: a student's attention and value relations approach its teacher's, and what that is good for.
+
+It imports ``recipes.minilm``, its own, to run the method as it ships (see ``preceptor.reproductions``).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""OBoW's mechanism, and what features it gives beside random weights, raw pixels and a frozen vocabulary."""
+"""OBoW's mechanism, and what features it gives beside random weights, raw pixels and a frozen vocabulary.
+
+It imports ``recipes.obow``, its own, to run the method as it ships (see ``preceptor.reproductions``).
+"""
 
 from __future__ import annotations
 
