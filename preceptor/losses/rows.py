@@ -108,7 +108,7 @@ def divergence_of(kind: Kind, mix: float, s: Tensor, t: Tensor, *, gradient: boo
     return value, slope - q * slope.sum(-1, keepdim=True)
 
 
-class _Student:
+class Student:
     """The student's side of a block of rows: log-probabilities at the temperature, and the way back to the product."""
 
     def __init__(self, product: Tensor, form: Logits, objective: Objective, work: torch.dtype) -> None:
@@ -136,12 +136,14 @@ class _Student:
         out.copy_(total * self.back)
 
     def cross_entropy(self, labels: Tensor | None) -> Tensor:
+        """The cross-entropy (rows,) to labels, 0 where there is none."""
         if labels is None:
             return torch.zeros_like(self.s[:, 0])
         chosen = -self.s1.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
         return chosen.masked_fill(labels == IGNORED, 0.0)
 
     def entropy(self) -> Tensor:
+        """The entropy (rows,) at the temperature."""
         return -_times(self.s.exp(), self.s).sum(-1)
 
 
@@ -159,11 +161,11 @@ def dense_rows(
 
     With ``gradient`` the student's ``product`` is overwritten by the gradient with respect to it.
     """
-    student = _Student(product, form, objective, work)
+    student = Student(product, form, objective, work)
     value = teacher_entropy = agreement = torch.zeros_like(student.s[:, 0])
     du = None
     if said.logits is not None:
-        t = _log_probs(said.logits, said.form, objective.temperature, work)
+        t = row_log_probs(said.logits, said.form, objective.temperature, work)
         value, du = divergence_of(objective.kind, objective.mix, student.s, t, gradient=gradient)
         teacher_entropy = -_times(t.exp(), t).sum(-1)
         agreement = (student.s.argmax(-1) == t.argmax(-1)).to(work)
@@ -173,7 +175,8 @@ def dense_rows(
     return stats
 
 
-def _log_probs(product: Tensor, form: Logits, temperature: float, work: torch.dtype) -> Tensor:
+def row_log_probs(product: Tensor, form: Logits, temperature: float, work: torch.dtype) -> Tensor:
+    """Log-probabilities (rows, vocabulary) at a temperature, of a block of products."""
     z = product.to(work) * form.scale
     if form.softcap is not None:
         z = torch.tanh(z / form.softcap) * form.softcap
@@ -229,7 +232,7 @@ def bucket_rows(
     """As `dense_rows` for top-k targets: a divergence of k + 1 classes, the last one all unlisted tokens together."""
     assert said.ids is not None
     assert said.values is not None
-    student = _Student(product, form, objective, work)
+    student = Student(product, form, objective, work)
     t = said.values.to(work)
     used, best, safe = _used(said.ids, t[:, :-1])
     rest = student.s.scatter(-1, safe, -math.inf)
@@ -263,7 +266,7 @@ def sampled_rows(
     """
     assert said.ids is not None
     assert said.values is not None
-    student = _Student(product, form, objective, work)
+    student = Student(product, form, objective, work)
     weights = said.values.to(work)
     value = -_times(weights, student.s.gather(-1, said.ids)).sum(-1)
     zero = torch.zeros_like(value)

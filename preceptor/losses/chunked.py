@@ -1,0 +1,150 @@
+"""A loss over rows of a vocabulary in chunks, with its gradient in closed form: what `clipped` and `spans` share.
+
+Like `fused`, it never holds a rows x vocabulary matrix: the gradient of each chunk is computed while its logits are at
+hand, and the backward pass only scales what the forward pass has stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from preceptor.errors import UserError
+from preceptor.knowledge import Head, HiddenTargets, LogitTargets, SoftTargets
+from preceptor.losses.products import add_weight_gradient, hidden_gradient, logits_into
+from preceptor.losses.rows import Logits, row_log_probs
+
+CHUNK_BYTES = 32 * 2**20  # of one matrix (rows, vocabulary) in float32; a score holds some six of them
+
+Score = Callable[[Tensor, slice], Tensor]
+"""From the student's products (rows, vocabulary) of a chunk, which it overwrites by the loss's gradient with respect to
+them, and the rows that they belong to, to sums over the chunk (statistics,); the first is the loss."""
+
+
+def packed(
+    hidden: Tensor, head: Head, teacher: SoftTargets, mask: Tensor
+) -> tuple[Tensor, HiddenTargets | LogitTargets]:
+    """The selected rows of the student's hidden states (rows, width), and what the teacher says about them.
+
+    Raises:
+        UserError: the teacher is not dense, speaks about other positions, or has another vocabulary.
+    """
+    if mask.shape != hidden.shape[:-1]:
+        raise UserError(f"The mask has shape {tuple(mask.shape)} and the positions {tuple(hidden.shape[:-1])}.")
+    rows = int(mask.sum())
+    if isinstance(teacher, HiddenTargets):
+        said, size = teacher.hidden, teacher.head.weight.shape[0]
+    elif isinstance(teacher, LogitTargets):
+        said, size = teacher.logits, teacher.logits.shape[-1]
+    else:
+        raise UserError(f"Clipping and spans need the teacher's whole distribution, not {type(teacher).__name__}.")
+    if size != head.weight.shape[0]:
+        raise UserError(
+            f"The teacher's vocabulary has {size} entries and the student's {head.weight.shape[0]}; use models that "
+            "share a tokenizer."
+        )
+    if said.shape[:-1] == mask.shape:
+        said = said[mask]
+    elif said.shape[:-1] != (rows,):
+        raise UserError(
+            f"The teacher speaks about positions of shape {tuple(said.shape[:-1])} and the student has "
+            f"{tuple(mask.shape)}, of which {rows} are selected; give the teacher's targets for the same text."
+        )
+    said = said.detach()
+    kept = HiddenTargets(said, teacher.head) if isinstance(teacher, HiddenTargets) else LogitTargets(said)
+    return hidden[mask], kept
+
+
+def says(teacher: HiddenTargets | LogitTargets, rows: slice, product: torch.dtype) -> Tensor:
+    """Log-probabilities (rows, vocabulary) of a teacher at some of its packed rows, in float32 at least."""
+    if isinstance(teacher, LogitTargets):
+        return row_log_probs(teacher.logits[rows], Logits(), 1.0, wide(product))
+    head = teacher.head
+    x = teacher.hidden[rows].to(product)
+    logits = torch.empty(len(x), head.weight.shape[0], dtype=product, device=x.device)
+    logits_into(logits, x, head.weight, head.bias)
+    return row_log_probs(logits, Logits(head.scale, head.softcap), 1.0, wide(product))
+
+
+def product_type(hidden: Tensor) -> torch.dtype:
+    """The dtype of matrix products with a head: autocast's where it is on."""
+    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(hidden.device.type)
+    return hidden.dtype
+
+
+def wide(product: torch.dtype) -> torch.dtype:
+    """The dtype of everything by element: float32 at least."""
+    return torch.promote_types(product, torch.float32)
+
+
+def blocks(rows: int, vocabulary: int, chunk_bytes: int) -> list[slice]:
+    """Equal parts of the rows whose float32 logits fit into the budget."""
+    count = max(1, -(-rows // max(1, chunk_bytes // (4 * vocabulary))))
+    size = -(-rows // count)
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def nothing(hidden: Tensor, head: Head) -> Tensor:
+    """An exact 0 that is still connected to the graph."""
+    zero = hidden.reshape(-1, hidden.shape[-1])[:0].sum() + head.weight[:0].sum()
+    return zero if head.bias is None else zero + head.bias[:0].sum()
+
+
+def summed(hidden: Tensor, head: Head, score: Score, parts: Sequence[slice]) -> tuple[Tensor, Tensor]:
+    """The loss summed over parts of the rows, differentiable, and the sums of all statistics, detached.
+
+    Args:
+        hidden: the student's rows (rows, width).
+        head: its output head.
+        score: sums and gradient of one part.
+        parts: which rows are scored together; they may overlap, gradients add up.
+    """
+    total, sums = _Summed.apply(hidden, head.weight, head.bias, score, list(parts))  # type: ignore[no-untyped-call]
+    return total, sums
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, score: Score, parts: list[slice]
+    ) -> tuple[Tensor, Tensor]:
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        product = product_type(hidden)
+        grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
+        grad_weight = weight.new_empty(weight.shape, dtype=weight.dtype) if needs_weight else None
+        grad_bias = weight.new_zeros(weight.shape[0], dtype=wide(product)) if needs_bias else None
+        longest = max(part.stop - part.start for part in parts)
+        buffer = torch.empty(longest, weight.shape[0], dtype=product, device=hidden.device)
+        sums: Tensor | None = None
+        for part in parts:
+            x = hidden[part].to(product)
+            z = buffer[: len(x)]
+            logits_into(z, x, weight, bias)
+            found = score(z, part)
+            sums = found if sums is None else sums + found
+            if grad_hidden is not None:
+                grad_hidden[part] += hidden_gradient(z, weight, wide(product)).to(hidden.dtype)
+            if grad_weight is not None:
+                add_weight_gradient(grad_weight, z, x, first=part is parts[0])
+            if grad_bias is not None:
+                grad_bias += z.sum(0, dtype=wide(product))
+        assert sums is not None
+        ctx.gradients = (grad_hidden, grad_weight, None if grad_bias is None or bias is None else grad_bias.to(bias))
+        ctx.mark_non_differentiable(sums)
+        return sums[0].clone().to(wide(product)), sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("This loss has been differentiated already; compute it again to do it twice.")
+        for gradient in gradients:
+            if gradient is not None:
+                gradient.mul_(grad_sum.to(gradient.dtype))
+        return (*gradients, None, None)
