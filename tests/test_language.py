@@ -512,11 +512,39 @@ def test_talking_to_an_endpoint_imports_no_torch(root: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_requests_are_planned_while_the_first_are_answered(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def answer(request: Request) -> str:
+        asked.append(request.messages[0]["content"])
+        return f"answer to {asked[-1]}"
+
+    requests = [Request(({"role": "user", "content": str(place % 700)},)) for place in range(3 * 700)]
+    with Chat(Scripted(answer), cache=tmp_path / "answers.sqlite", limits=Limits(concurrency=8), shown=False) as chat:
+        replies = chat.ask(requests)
+        assert [reply.text for reply in replies] == [f"answer to {place % 700}" for place in range(3 * 700)]
+        assert sorted(map(int, asked)) == list(range(700)), "equal requests share a call, however far apart they stand"
+        assert [reply.cached for reply in replies] == [False] * 700 + [True] * 1400
+        assert all(reply.cached for reply in chat.ask(requests))
+    assert len(asked) == 700
+
+
+def test_what_stands_behind_a_stop_is_still_found_in_the_cache(tmp_path: Path) -> None:
+    requests = [Request(({"role": "user", "content": str(place)},)) for place in range(1200)]
+    with Chat(Echo(), cache=tmp_path / "answers.sqlite", shown=False) as chat:
+        chat.ask(requests[600:])
+    with Chat(Echo(), cache=tmp_path / "answers.sqlite", budget=Budget(calls=5), shown=False) as chat:
+        replies = chat.ask(requests)
+    assert [reply.text for reply in replies if not reply.error] == [str(n) for n in [*range(5), *range(600, 1200)]]
+    assert all("not answered" in reply.error for reply in replies[5:600])
+
+
 def test_progress_tells_rate_cost_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
-    ticker = Ticker(1000, 100, Budget(cost=5.0, prompt_price=1.0), Spent(1, 100, 0), shown=True)
+    ticker = Ticker(1000, Budget(cost=5.0, prompt_price=1.0), Spent(1, 100, 0), shown=True)
+    ticker.count(100, failed=False, called=False, spent=Spent())
     for _ in range(100):
-        ticker.count(3, failed=False, spent=Spent())
-    ticker.count(1, failed=True, spent=Spent())
+        ticker.count(3, failed=False, called=True, spent=Spent())
+    ticker.count(1, failed=True, called=True, spent=Spent())
     line = ticker.describe(10.0, Spent(301, 4000, 1100, 0.25))
     assert line == "0:00:20 left  30.1/s  5,000 tokens  cost 0.25 of 5  100 from the cache  1 failed"
     ticker.close()

@@ -80,19 +80,16 @@ class Chat:
                 or the cache cannot be written any more.
         """
         asking = self._asking(requests)
-        open_jobs = asking.look_up(again=again)
-        total = sum(len(job.places) for job in asking.jobs)
-        found = total - sum(len(job.places) for job in open_jobs)
-        ticker = Ticker(total, found, self.budget, self.spent, shown=self._shown)
+        ticker = Ticker(len(requests), self.budget, self.spent, shown=self._shown)
         try:
-            return _run(asking.run(open_jobs, ticker))
+            return _run(asking.run(ticker, again=again))
         finally:
             ticker.close()
 
     def estimate(self, requests: Sequence[Request]) -> Estimate:
         """What ``ask`` would come to at most, without a call."""
         asking = self._asking(requests)
-        open_jobs = asking.look_up(again=True)
+        open_jobs = list(asking.open_jobs(again=True))
         prompt = sum(self.backend.prompt_bound(job.call) for job in open_jobs)
         completion = sum(job.call.max_tokens for job in open_jobs)
         most = Spent(len(open_jobs), prompt, completion, self.budget.price(prompt, completion))

@@ -12,6 +12,7 @@ import ssl
 import urllib.parse
 import urllib.request
 from dataclasses import dataclass, field
+from typing import cast
 
 from httptools import HttpParserError, HttpResponseParser
 
@@ -65,9 +66,8 @@ class Connection(asyncio.Protocol):
         self._transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """asyncio's: the transport to write to."""
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        """asyncio's: the transport to write to. That of another event loop (uvloop) has the same methods, no base."""
+        self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
         """asyncio's: bytes of an answer."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
-import importlib.util
+import importlib
 import json
 import math
 import os
@@ -50,8 +50,11 @@ class Endpoint:
     group = 1
 
     def __init__(self, base_url: str, model: str, *, key_variable: str = "", native_schema: bool = False) -> None:
-        if importlib.util.find_spec("httptools") is None:
-            raise UserError('An endpoint needs the package httptools: run `pip install "preceptor[teachers]"`.')
+        try:  # here and not with the first call, which should not wait for it
+            importlib.import_module("preceptor.language.connection")
+        except ImportError as error:
+            needs = 'An endpoint needs the package httptools: run `pip install "preceptor[teachers]"`.'
+            raise UserError(needs) from error
         if not model:
             raise UserError(f"No model is named for the endpoint {base_url}: give the name that it has there.")
         self.base_url, self.model = _check_url(base_url), model

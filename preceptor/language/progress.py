@@ -15,22 +15,22 @@ from preceptor.language.limits import Budget, Spent
 class Ticker:
     """Counts replies and shows their rate, what failed, what was spent, and the time left.
 
-    ``total``: the requests of this ``ask``. ``found``: how many of them the cache answered. ``before``: what had been
-    spent when it began.
+    ``total``: the requests of this ``ask``. ``before``: what had been spent when it began.
     """
 
-    def __init__(self, total: int, found: int, budget: Budget, before: Spent, *, shown: bool) -> None:
-        self._total, self._found, self._budget, self._before = total, found, budget, before
-        self._done, self._failed = found, 0
-        self._shown = shown and found < total
-        self._console = Console(stderr=True) if self._shown else None
+    def __init__(self, total: int, budget: Budget, before: Spent, *, shown: bool) -> None:
+        self._total, self._budget, self._before = total, budget, before
+        self._done = self._found = self._failed = 0
+        self._shown = shown
+        self._console = Console(stderr=True) if shown else None
         self._pause = 0.5 if self._console and self._console.is_terminal else 15.0
         self._began = self._drawn = time.monotonic()
         self._progress: Progress | None = None
 
-    def count(self, replies: int, *, failed: bool, spent: Spent) -> None:
-        """So many replies more, and all that is spent by now."""
+    def count(self, replies: int, *, failed: bool, called: bool, spent: Spent) -> None:
+        """So many replies more, whether they were called for or found in the cache, and all that is spent by now."""
         self._done += replies
+        self._found += 0 if called else replies
         self._failed += replies if failed else 0
         now = time.monotonic()
         if not self._shown or now - self._drawn < self._pause:

@@ -38,8 +38,6 @@ INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (key) DO UPDA
 WHERE excluded.error = '' OR answers.error <> ''
 """
 
-_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
-
 
 @dataclass(frozen=True)
 class Kept:
@@ -52,9 +50,9 @@ class Kept:
 
 
 def key_of(identity: str, call: Request) -> bytes:
-    """32 bytes that name a call: SHA-256 of the backend's identity and every field of the request."""
-    fields = _ENCODER.encode(vars(call))
-    return hashlib.sha256(f"{identity}\n{fields}".encode("utf-8", "surrogatepass")).digest()
+    """32 bytes that name a call: SHA-256 of the backend's identity and every field of the request, in their order."""
+    # Python's literals in ASCII are as plain as JSON and written in half the time, which many requests wait for.
+    return hashlib.sha256(ascii((identity, *vars(call).values())).encode()).digest()
 
 
 class Store:
