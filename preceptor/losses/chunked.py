@@ -95,8 +95,10 @@ def nothing(hidden: Tensor, head: Head) -> Tensor:
     return zero if head.bias is None else zero + head.bias[:0].sum()
 
 
-def summed(hidden: Tensor, head: Head, score: Score, parts: Sequence[slice]) -> tuple[Tensor, Tensor]:
-    """The loss summed over parts of the rows, differentiable, and the sums of all statistics, detached.
+def summed(hidden: Tensor, head: Head, score: Score, parts: Sequence[slice]) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss summed over parts of the rows, differentiable; the sums of all statistics, and of slopes, detached.
+
+    The slope of a row is the norm of the loss's gradient with respect to its hidden state (0 where none is asked for).
 
     Args:
         hidden: the student's rows (rows, width).
@@ -104,15 +106,15 @@ def summed(hidden: Tensor, head: Head, score: Score, parts: Sequence[slice]) -> 
         score: sums and gradient of one part.
         parts: which rows are scored together; they may overlap, gradients add up.
     """
-    total, sums = _Summed.apply(hidden, head.weight, head.bias, score, list(parts))  # type: ignore[no-untyped-call]
-    return total, sums
+    total, sums, slope = _Summed.apply(hidden, head.weight, head.bias, score, list(parts))  # type: ignore[no-untyped-call]
+    return total, sums, slope
 
 
 class _Summed(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, score: Score, parts: list[slice]
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         product = product_type(hidden)
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
@@ -135,12 +137,13 @@ class _Summed(torch.autograd.Function):
                 grad_bias += z.sum(0, dtype=wide(product))
         assert sums is not None
         ctx.gradients = (grad_hidden, grad_weight, None if grad_bias is None or bias is None else grad_bias.to(bias))
-        ctx.mark_non_differentiable(sums)
-        return sums[0].clone().to(wide(product)), sums
+        slope = sums.new_zeros(()) if grad_hidden is None else grad_hidden.norm(dim=-1).sum().to(sums.dtype)
+        ctx.mark_non_differentiable(sums, slope)
+        return sums[0].clone().to(wide(product)), sums, slope
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_sum: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("This loss has been differentiated already; compute it again to do it twice.")

@@ -38,7 +38,7 @@ from preceptor.losses import Loss
 from preceptor.losses.chunked import CHUNK_BYTES, blocks, nothing, packed, product_type, says, summed, wide
 from preceptor.losses.rows import Logits, Objective, Student
 
-PARTS = ("divergence", "cross_entropy", "kl", "kept_mass", "kept_classes", "lower", "upper")
+PARTS = ("divergence", "cross_entropy", "kl", "kept_mass", "kept_classes", "lower", "upper", "slope")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Clipping:
     """l, in [0, 1): the quantile below which the likeliest classes are left out; where f_sub starts."""
     upper: float = 0.99
     """u, in (l, 1]: the quantile beyond which unlikely classes are left out; where f_sub starts."""
-    top: int = 64
+    top: int = 256
     """K: so many likeliest classes of the teacher are considered; the others are always in the tail."""
     quantile: Literal["mass", "classes"] = "mass"
     """Of what l and u are quantiles: the teacher's cumulative mass, or the number of considered classes."""
@@ -209,8 +209,8 @@ def clipped_kl(
 
     Returns:
         `Loss` with the count of rows and sums over them: ``divergence`` (DAC-KL), ``cross_entropy``, ``kl`` (the whole
-        KL(p ‖ q)), ``kept_mass`` (Σ w p), ``kept_classes`` (Σ w), ``lower`` and ``upper`` (l and u); and the classes
-        for `quantile_loss`.
+        KL(p ‖ q)), ``kept_mass`` (Σ w p), ``kept_classes`` (Σ w), ``lower``, ``upper`` (l and u) and ``slope`` (the
+        norm of the gradient with respect to a row's hidden state); and the classes for `quantile_loss`.
 
     Raises:
         UserError: vocabularies or shapes that do not fit, or learned quantiles without f_sub.
@@ -247,9 +247,9 @@ def clipped_kl(
         found = (total, value, entropy, whole, mass, kept.sum(-1), lower, upper)
         return torch.stack([part.double() if z.device.type != "mps" else part for part in found]).sum(-1)
 
-    total, sums = summed(rows, head, score, blocks(len(rows), head.weight.shape[0], chunk_bytes))
+    total, sums, slope = summed(rows, head, score, blocks(len(rows), head.weight.shape[0], chunk_bytes))
     together = Classes(*(torch.cat([getattr(one, name) for one in seen]) for name in Classes.__dataclass_fields__))
-    return Loss(total, torch.tensor(len(rows), device=hidden.device), dict(zip(PARTS, sums[1:]))), together
+    return Loss(total, torch.tensor(len(rows), device=hidden.device), dict(zip(PARTS, [*sums[1:], slope]))), together
 
 
 def considered(log_p: Tensor, log_q: Tensor, target: Tensor, top: int) -> tuple[Tensor, Classes]:

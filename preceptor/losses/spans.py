@@ -43,7 +43,8 @@ def span_consistency(
         chunk_bytes: memory for logits that are alive at a time.
 
     Returns:
-        `Loss` with the count of pairs and the part ``span``, a sum over pairs; exactly 0 without a pair.
+        `Loss` with the count of pairs and the parts ``span``, a sum over pairs, and ``span_slope``, the sum over rows
+        of the norm of the gradient with respect to their hidden states; all exactly 0 without a pair.
 
     Raises:
         UserError: vocabularies or shapes that do not fit, or a pair beyond the rows.
@@ -51,7 +52,8 @@ def span_consistency(
     rows, said = packed(hidden, head, teacher, mask)
     count = torch.tensor(len(pairs), device=hidden.device)
     if len(pairs) == 0:
-        return Loss(nothing(hidden, head), count, {"span": torch.zeros((), device=hidden.device)})
+        zero = torch.zeros((), device=hidden.device)
+        return Loss(nothing(hidden, head), count, {"span": zero, "span_slope": zero})
     if int(pairs.min()) < 0 or int(pairs.max()) + 1 >= len(rows):
         raise UserError(f"A pair begins at row {int(pairs.max())}, and there are {len(rows)} rows.")
     used = torch.unique(torch.cat([pairs, pairs + 1]))
@@ -78,8 +80,8 @@ def span_consistency(
         return torch.stack([weight * total, total])
 
     parts = _whole_pairs(blocks(len(used), head.weight.shape[0], chunk_bytes), first)
-    total, sums = summed(rows[used], head, score, parts)
-    return Loss(total, count, {"span": sums[1]})
+    total, sums, slope = summed(rows[used], head, score, parts)
+    return Loss(total, count, {"span": sums[1], "span_slope": slope})
 
 
 def _some(said: HiddenTargets | LogitTargets, rows: Tensor) -> HiddenTargets | LogitTargets:
