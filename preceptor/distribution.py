@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import importlib.util
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -232,15 +233,18 @@ def synchronise(learners: Iterable[Learner], on: bool) -> None:
 
 
 def memory_mib(device: torch.device) -> float:
-    """MiB: the largest amount held so far, on the GPU if there is one, by the process otherwise."""
+    """MiB: the largest amount held so far, on the GPU if there is one, by the process otherwise; 0 where none tells."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status")
+    # The peak that getrusage tells was inherited from whatever started this process.
+    if status.exists() and (peak := re.search(r"VmHWM:\s+(\d+)", status.read_text(encoding="ascii", errors="replace"))):
+        return int(peak[1]) / 2**10
     if sys.platform == "win32":
         return 0.0
     import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def gather_objects(value: Any, accelerator: Accelerator) -> list[Any]:

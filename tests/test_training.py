@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 
@@ -392,3 +394,17 @@ def test_a_run_gives_back_what_an_earlier_one_held(tmp_path):
     first = teach("first")
     teach("second")
     assert first() is None
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of the process")
+def test_the_memory_of_a_large_parent_is_not_counted():
+    held = torch.ones(2**27)  # 512 MiB, which a child's getrusage would tell as its own
+    script = (
+        "import torch; from preceptor.distribution import memory_mib; before = memory_mib(torch.device('cpu'))\n"
+        "held = torch.ones(2**24); print(before, memory_mib(torch.device('cpu')))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    before, after = map(float, done.stdout.split())
+    assert held.sum() > 0
+    assert 0 < before < 512
+    assert after >= before + 60
