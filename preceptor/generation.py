@@ -58,16 +58,18 @@ class Sampling:
         if self.temperature == 0:
             return logits.argmax(-1)
         logits = logits.float() / self.temperature
+        places: Tensor | None = None
         if 0 < self.top_k < logits.shape[-1]:
-            least = logits.topk(self.top_k, dim=-1).values[..., -1:]
-            logits = logits.masked_fill(logits < least, -torch.inf)
+            # Drawing among the k alone: a draw from a whole vocabulary costs as much as the model itself on a CPU.
+            logits, places = logits.topk(self.top_k, dim=-1)
         if self.top_p < 1:
-            ordered, places = logits.sort(dim=-1, descending=True)
+            ordered, order = logits.sort(dim=-1, descending=True)
             before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
             logits = torch.full_like(logits, -torch.inf).scatter(
-                -1, places, ordered.masked_fill(before >= self.top_p, -torch.inf)
+                -1, order, ordered.masked_fill(before >= self.top_p, -torch.inf)
             )
-        return torch.multinomial(logits.softmax(-1), 1).squeeze(-1)
+        drawn = torch.multinomial(logits.softmax(-1), 1)
+        return (drawn if places is None else places.gather(-1, drawn)).squeeze(-1)
 
 
 def sample(

@@ -1,0 +1,114 @@
+"""Questions with verifiable answers, chosen by name: sums of a tunable difficulty, generated problems, or files.
+
+Whatever is drawn, the questions of the exam are none of those that are learned from.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from preceptor.errors import UserError
+from preceptor.tasks import Item, leaks
+from preceptor.tasks.arithmetic import Arithmetic
+from preceptor.tasks.gsm8k import read_problems
+from preceptor.tasks.math import Verifier, by_text, by_value, read_math
+from preceptor.tasks.sampling import draw_items
+
+SUMS, PROBLEMS = "sums", "problems"
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Where questions come from, and how an answer is compared."""
+
+    source: str = SUMS
+    """``sums``, ``problems`` (generated, over named skills), or a file or folder in GSM8K's or MATH's form."""
+    terms: int = 2
+    """Of ``sums``: how many numbers are added."""
+    smallest: int = 10
+    """Of ``sums``: the smallest number."""
+    largest: int = 99
+    """Of ``sums``: the largest number."""
+    skills: tuple[str, ...] = ()
+    """Of ``problems``: skills (``addition``) or subskills (``division/remainder``); empty: all."""
+    count: int = 512
+    """Questions that are tried, at most."""
+    exam: int = 200
+    """Questions kept apart for the exam."""
+    compare: Literal["value", "text"] = "value"
+    """Answers are right by their value (18.0 is 18), or letter by letter as in the authors' scripts."""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes and ranges that leave no question."""
+        for name, value in (("terms", self.terms), ("count", self.count), ("exam", self.exam)):
+            if value < 1:
+                raise UserError(f"questions.{name} is {value}; it must be at least 1.")
+        if not 0 <= self.smallest <= self.largest:
+            raise UserError(
+                f"The numbers of a sum go from {self.smallest} to {self.largest}: questions.smallest must be 0 or "
+                "more, and questions.largest no less."
+            )
+
+    @property
+    def verifier(self) -> Verifier:
+        """How an answer is read and judged."""
+        return by_value if self.compare == "value" else by_text
+
+
+def draw(questions: Questions, seed: int) -> tuple[list[Item], list[Item]]:
+    """The questions to learn from and those of the exam, no text in both; the same seed draws the same ones.
+
+    Raises:
+        UserError: no such file, a question without an answer, or fewer questions than are wanted.
+    """
+    wanted = questions.count + questions.exam
+    if questions.source == SUMS:
+        found = draw_items(
+            lambda skill, _, stream: _sum(questions, skill, stream), {f"{questions.terms} terms": ("",)}, wanted, seed
+        )
+    elif questions.source == PROBLEMS:
+        found = Arithmetic(form="worded", only=questions.skills).items(wanted, seed=seed)
+    else:
+        found = list(read_file(Path(questions.source)))
+    found = list({item.instruction: item for item in found}.values())
+    if len(found) <= questions.exam:
+        raise UserError(
+            f"{questions.source} has {len(found)} different questions, and {questions.exam} are for the exam: give "
+            "more or wider ones, or set questions.exam lower."
+        )
+    random.Random(seed).shuffle(found)
+    exam, rest = found[: questions.exam], found[questions.exam :]
+    known = leaks(rest, exam) if questions.source not in (SUMS, PROBLEMS) else set[str]()
+    return [item for item in rest if item.id not in known][: questions.count], exam
+
+
+def read_file(path: Path) -> tuple[Item, ...]:
+    """The questions of a file or folder, in GSM8K's form or MATH's, whichever it is.
+
+    Raises:
+        UserError: there is nothing, it has neither form, or a question lacks its answer.
+    """
+    if path.is_dir():
+        return read_math(path)
+    if not path.is_file():
+        raise UserError(
+            f"There are no questions \"{path}\": give {SUMS}, {PROBLEMS}, a file in GSM8K's form, or MATH's folder or "
+            "file."
+        )
+    with path.open(encoding="utf-8") as file:
+        first = next((line for line in file if line.strip()), "")
+    try:
+        names = set(json.loads(first))
+    except (ValueError, TypeError):
+        names = set()
+    return read_math(path) if "problem" in names else read_problems(path).problems
+
+
+def _sum(questions: Questions, skill: str, stream: random.Random) -> Item:
+    numbers = [stream.randint(questions.smallest, questions.largest) for _ in range(questions.terms)]
+    added = " + ".join(map(str, numbers))
+    return Item("", "math", skill, "", f"What is {added}?", f"{sum(numbers)}", work=f"{added} = {sum(numbers)}")

@@ -1,0 +1,159 @@
+"""Answers in a box, the reader of MATH, and questions chosen by name."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from preceptor.errors import UserError
+from preceptor.questions import Questions, draw, read_file
+from preceptor.tasks import Item
+from preceptor.tasks.math import boxed, by_text, by_value, read_math
+
+GSM8K = '{"question": "2 and 3?", "answer": "2 + 3 = <<2+3=5>>5\\n#### 5"}\n'
+
+
+def item(truth):
+    return Item("one", "math", "", "", "?", truth)
+
+
+@pytest.mark.parametrize(
+    ("text", "inside"),
+    [
+        (r"so \boxed{42}.", "42"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{a^{b_{c}}} and more", r"a^{b_{c}}"),
+        (r"first \boxed{1}, no: \boxed{2}", "2"),
+        (r"\fbox{7}", None),
+        (r"\boxed {3}", "3"),
+        (r"\boxed{ 18 }", "18"),
+        (r"\boxed{12", None),
+        (r"\boxed{1} then \boxed{2", None),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{}", ""),
+        ("42", None),
+        ("", None),
+    ],
+)
+def test_the_last_box_decides_with_matched_braces(text, inside):
+    assert boxed(text) == inside
+
+
+@pytest.mark.parametrize("given", ["1000", "1,000", "1000.0", "1{,}000"])
+def test_a_thousand_is_a_thousand_however_it_is_written(given):
+    assert by_value(item("1000"), rf"\boxed{{{given}}}").correct
+    assert by_value(item("1,000"), rf"\boxed{{{given}}}").correct
+
+
+@pytest.mark.parametrize("given", ["18", "$18", r"\$18", "18.0", "18 dollars", " 18"])
+def test_eighteen_is_eighteen(given):
+    assert by_value(item("18"), rf"\boxed{{{given}}}").correct
+
+
+def test_letter_by_letter_is_what_the_authors_compare():
+    assert by_text(item("18"), r"\boxed{18}").correct
+    assert by_text(item("18"), r"\boxed{ 18 }").correct
+    for given in ("$18", "18.0", "1,8"):
+        verdict = by_text(item("18"), rf"\boxed{{{given}}}")
+        assert verdict.answer == given
+        assert not verdict.correct
+    assert not by_text(item("1000"), r"\boxed{1,000}").correct
+
+
+def test_wrong_answers_that_are_equal_have_equal_texts():
+    told = [by_value(item("5"), rf"\boxed{{{given}}}").answer for given in ("7", "7.0", " 7", "8")]
+    assert told[0] == told[1] == told[2] != told[3]
+
+
+def test_no_answer_is_none_and_not_right():
+    for text in ("5", "", r"\boxed{}", r"\boxed{5"):
+        assert by_value(item("5"), text) == by_text(item("5"), text)
+        assert by_value(item("5"), text).answer is None
+        assert not by_value(item("5"), text).correct
+
+
+@pytest.mark.parametrize(
+    ("truth", "given", "right"),
+    [
+        (r"\frac{1}{2}", r"\dfrac{1}{2}", True),
+        (r"\frac{1}{2}", "0.5", True),
+        (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\frac{\pi}{2})", True),
+        (r"\text{Evelyn}", "Evelyn", True),
+        (r"2\sqrt{3}", r"2 \sqrt{3}", True),
+        (r"2\sqrt{3}", r"3\sqrt{2}", False),
+        ("(1,200)", "1200", False),
+        ("90^\\circ", "90", True),
+        ("x+1", "x + 2", False),
+    ],
+)
+def test_answers_that_are_no_numbers_are_compared_without_their_dress(truth, given, right):
+    assert by_value(item(truth), rf"\boxed{{{given}}}").correct is right
+
+
+def test_math_is_read_from_a_folder_and_from_lines(tmp_path: Path):
+    folder = tmp_path / "algebra"
+    folder.mkdir()
+    problem = {"problem": "1+1?", "solution": r"It is $\boxed{2}$.", "level": "Level 1", "type": "Algebra"}
+    (folder / "1.json").write_text(json.dumps(problem))
+    (one,) = read_math(tmp_path)
+    assert (one.instruction, one.truth, one.skill, one.subskill) == ("1+1?", "2", "Algebra", "Level 1")
+    lines = tmp_path / "test.jsonl"
+    lines.write_text(json.dumps({"problem": "1+2?", "solution": "", "answer": "3", "subject": "Algebra"}) + "\n\n")
+    assert [one.truth for one in read_math(lines)] == ["3"]
+    assert [one.truth for one in read_file(lines)] == ["3"]
+    assert [one.truth for one in read_file(tmp_path)] == ["2"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"problem": "1+1?", "solution": "two"}', r"line 1 .* has no answer"),
+        ('{"problem": "", "answer": "2"}', "has no problem"),
+        ("[1]", "is no object"),
+        ('{"problem": ', "is not JSON"),
+    ],
+)
+def test_a_problem_without_its_parts_is_named(tmp_path: Path, text, says):
+    path = tmp_path / "test.jsonl"
+    path.write_text(text + "\n")
+    with pytest.raises(UserError, match=says):
+        read_math(path)
+
+
+def test_questions_are_chosen_by_name(tmp_path: Path):
+    path = tmp_path / "train.jsonl"
+    path.write_text(GSM8K + GSM8K.replace("2 and 3", "5"))
+    assert [one.truth for one in read_file(path)] == ["5", "5"]
+    learned, exam = draw(Questions(source=str(path), exam=1), seed=0)
+    assert len(learned) == len(exam) == 1
+    assert learned[0].instruction != exam[0].instruction
+    for source in ("sums", "problems"):
+        learned, exam = draw(Questions(source=source, count=20, exam=10), seed=3)
+        assert (len(learned), len(exam)) == (20, 10)
+        assert not {one.instruction for one in learned} & {one.instruction for one in exam}
+        assert draw(Questions(source=source, count=20, exam=10), seed=3) == (learned, exam)
+
+
+def test_the_difficulty_of_sums_is_tuned():
+    hard, _ = draw(Questions(terms=3, smallest=100, largest=999, count=8, exam=1), seed=1)
+    for one in hard:
+        numbers = [int(word) for word in one.instruction.removeprefix("What is ").removesuffix("?").split(" + ")]
+        assert len(numbers) == 3
+        assert all(100 <= number <= 999 for number in numbers)
+        assert str(sum(numbers)) == one.truth
+
+
+def test_what_gives_no_question_is_refused(tmp_path: Path):
+    with pytest.raises(UserError, match=r'no questions "nowhere\.jsonl": give sums, problems'):
+        draw(Questions(source="nowhere.jsonl"), seed=0)
+    path = tmp_path / "train.jsonl"
+    path.write_text(GSM8K)
+    with pytest.raises(UserError, match=r"1 different questions, and 200 are for the exam"):
+        draw(Questions(source=str(path)), seed=0)
+    path.write_text('{"question": "2 and 3?", "answer": "five"}\n')
+    with pytest.raises(UserError, match="does not end with ####"):
+        draw(Questions(source=str(path)), seed=0)
+    with pytest.raises(UserError, match=r"questions\.exam is 0"):
+        Questions(exam=0)
+    with pytest.raises(UserError, match="from 9 to 3"):
+        Questions(smallest=9, largest=3)
