@@ -206,7 +206,11 @@ SPECS: Mapping[str, Mapping[str, str]] = {
     },
     "visual": {
         "problem": "the question about the image",
-        "image": "the image, in words",
+        "image": (
+            "the image, a grid of 4 rows and 4 columns counted from 1: each shape as COLOUR KIND at row R column C, "
+            "separated by semicolons, with the colours red, green, blue, yellow and the kinds circle, square, "
+            "triangle, cross"
+        ),
         "answer": "the answer: a word or a number",
     },
 }

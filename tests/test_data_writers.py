@@ -16,6 +16,7 @@ from preceptor.errors import UserError
 from preceptor.language import Chat, Request, Scripted
 from preceptor.tasks import Completed, Datum
 from preceptor.tasks.arithmetic import Arithmetic
+from preceptor.tasks.figures import Figures, Shape, render
 
 TASK = Arithmetic(form="worded", only=("addition", "reversal"))
 ITEMS = TASK.items(12, seed=1)
@@ -174,3 +175,25 @@ def test_subskills_are_proposed_up_to_the_number_asked_for() -> None:
 def test_ids_of_unlike_data_differ() -> None:
     data: list[Datum] = [one for written in Symbolic(TASK).write([Order(9, 1), Order(9, 2)]) for one in written.data]
     assert len({one.instruction for one in data}) > 12
+
+
+def test_images_that_a_model_describes_are_drawn() -> None:
+    figures = Figures()
+    words = "A red circle at row 1, column 2; blue cross at row 4 column 1."
+    said = {"items": [{"index": 1, "problem": "count red", "image": words, "answer": "1"}]}
+    said["items"].append({"index": 2, "problem": "count red", "image": "a cat on a mat", "answer": "1"})
+    chat = Chat(Scripted(lambda request: json.dumps(said)))
+    [written] = ChatWriter(chat, figures, draw=figures.draw).write([Order(1, 0)])
+    drawn = render((Shape(0, 1, "circle", "red"), Shape(3, 0, "cross", "blue")))
+    assert (written.data[0].image == drawn).all()
+    assert "a cat on a mat" in written.failures[0]
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["red circle at row 5 column 1", "red circle at row 0 column 1", "", "green circle at row one column 1"]
+    + ["red circle at row 1 column 1; blue cross at row 1 column 1"],
+)
+def test_what_cannot_be_drawn_is_refused(words: str) -> None:
+    with pytest.raises(UserError, match="No image can be drawn"):
+        Figures().draw(words)

@@ -41,7 +41,7 @@ from random import Random
 from typing import Any, Literal
 
 from preceptor.agents import Kind, OpenEndedAgent, SkillForestAgent, SkillListAgent
-from preceptor.chat_writer import ChatWriter
+from preceptor.chat_writer import ChatWriter, Draw
 from preceptor.data_writers import Symbolic, Writer
 from preceptor.environment import DataEnvironment, Episode, OpenEnded, as_action
 from preceptor.episode_pictures import draw_episode
@@ -203,6 +203,16 @@ def make_task(config: Config) -> Task:
     return Arithmetic(form, config.skills)
 
 
+def drawing(config: Config, task: Task) -> Draw | None:
+    """Who draws the images that a chat teacher describes."""
+    if config.task != "visual":
+        return None
+    from preceptor.tasks.figures import Figures
+
+    assert isinstance(task, Figures)
+    return task.draw
+
+
 def make_pupil(config: Config, task: Task, questions: Questions, folder: Path) -> Pupil:
     """The student at the start; ``small`` goes to school first, once for each ``folder``."""
     adapter = ""
@@ -226,7 +236,7 @@ def make_world(
 ) -> tuple[DataEnvironment, Act]:
     """The environment, and the agent that acts in it."""
     seen, seed = config.agent == "with_state", config.training.seed
-    writer: Writer = ChatWriter(chat, task, least=config.least) if chat else Symbolic(task)
+    writer: Writer = ChatWriter(chat, task, draw=drawing(config, task), least=config.least) if chat else Symbolic(task)
     episode = replace(config.episode, reject_known=config.episode.reject_known and seen, blind=not seen)
     folder, asked, test = Path(config.output) / ITERATIONS, questions.validation, questions.test
     if config.environment == "open_ended":

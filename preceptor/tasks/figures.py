@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageDraw
 
+from preceptor.errors import UserError
 from preceptor.tasks import Datum, Item, same_length
 from preceptor.tasks.answers import same
 from preceptor.tasks.sampling import draw_items, only_skills
@@ -26,6 +27,7 @@ COLOURS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (50, 80, 220), 
 KINDS = ("circle", "square", "triangle", "cross")
 WORDS = (*COLOURS, *KINDS, "left", "right", "above", "below", "yes", "no")  # all answers that are no numbers
 BACKGROUND = (255, 255, 255)
+_SHAPE = re.compile(rf"({'|'.join(COLOURS)}) ({'|'.join(KINDS)})\b[^;]*?\brow\s*(\d+)\W+column\s*(\d+)")
 FORMAT = "End with a line that holds #### and the answer, one word or a number."
 
 
@@ -107,6 +109,23 @@ class Figures:
     def prompt(self, item: Item) -> str:
         """The text that a student reads beside the image."""
         return item.instruction if self.form == "compact" else f"{item.instruction}\n{FORMAT}"
+
+    def draw(self, description: str) -> Any:
+        """The image, uint8 (H, W, 3), of words: ``red circle at row 1 column 2; blue cross at row 4 column 1``.
+
+        Raises:
+            UserError: the description names no shape, a cell outside the grid, or one cell twice.
+        """
+        found = _SHAPE.findall(description.casefold())
+        scene = [Shape(int(row) - 1, int(column) - 1, kind, colour) for colour, kind, row, column in found]
+        cells = {(shape.row, shape.column) for shape in scene}
+        if not scene or len(cells) < len(scene) or not all(0 <= place < GRID for cell in cells for place in cell):
+            raise UserError(
+                f'No image can be drawn of "{description[:80]}": name each shape as COLOUR KIND at row R column C, in '
+                f"a cell of its own, rows and columns from 1 to {GRID}, of the kinds {', '.join(KINDS)} and the "
+                f"colours {', '.join(COLOURS)}."
+            )
+        return render(scene, cell=CELL[self.form])
 
     def _item(self, skill: str, subskill: str, stream: Random) -> Item:
         question = SKILLS[skill][subskill](stream)
