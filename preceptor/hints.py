@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from preceptor.data import Message, Sequence, collate, encode_prompt
+from preceptor.data import Batch, Message, Sequence, collate, encode_prompt
 from preceptor.errors import UserError
 from preceptor.knowledge import HiddenTargets, LogitTargets, SoftTargets
 from preceptor.rollouts import Tried
@@ -185,7 +185,7 @@ class Hinted:
                 )
 
     @torch.no_grad()
-    def __call__(self, batch: Any) -> SoftTargets:
+    def __call__(self, batch: Batch) -> SoftTargets:
         """Packed rows, one for each reply token, in the order of the student's ``batch.predicts``."""
         heard = collate([self.heard[one] for one in batch.sequences()], self.pad_id).to(batch.input_ids.device)
         targets = self.said(heard)

@@ -38,7 +38,9 @@ class Questions:
     count: int = 512
     """Questions that are tried, at most."""
     exam: int = 200
-    """Questions kept apart for the exam."""
+    """Questions of the exam; they are kept apart from those that are learned from."""
+    exam_source: str = ""
+    """Another file or folder to examine in; empty: questions of ``source``."""
     compare: Literal["value", "text"] = "value"
     """Answers are right by their value (18.0 is 18), or letter by letter as in the authors' scripts."""
 
@@ -65,25 +67,35 @@ def draw(questions: Questions, seed: int) -> tuple[list[Item], list[Item]]:
     Raises:
         UserError: no such file, a question without an answer, or fewer questions than are wanted.
     """
-    wanted = questions.count + questions.exam
-    if questions.source == SUMS:
-        found = draw_items(
-            lambda skill, _, stream: _sum(questions, skill, stream), {f"{questions.terms} terms": ("",)}, wanted, seed
-        )
-    elif questions.source == PROBLEMS:
-        found = Arithmetic(form="worded", only=questions.skills).items(wanted, seed=seed)
-    else:
-        found = list(read_file(Path(questions.source)))
-    found = list({item.instruction: item for item in found}.values())
-    if len(found) <= questions.exam:
+    found = _shuffled(_found(questions, seed), seed)
+    apart = _shuffled(list(read_file(Path(questions.exam_source))), seed) if questions.exam_source else found
+    exam = apart[: questions.exam]
+    generated = questions.source in (SUMS, PROBLEMS) and apart is found
+    known = {item.id for item in exam} if generated else leaks(found, exam)
+    rest = [item for item in found if item.id not in known][: questions.count]
+    if not rest or len(exam) < questions.exam:
         raise UserError(
             f"{questions.source} has {len(found)} different questions, and {questions.exam} are for the exam: give "
             "more or wider ones, or set questions.exam lower."
         )
-    random.Random(seed).shuffle(found)
-    exam, rest = found[: questions.exam], found[questions.exam :]
-    known = leaks(rest, exam) if questions.source not in (SUMS, PROBLEMS) else set[str]()
-    return [item for item in rest if item.id not in known][: questions.count], exam
+    return rest, exam
+
+
+def _found(questions: Questions, seed: int) -> list[Item]:
+    wanted = questions.count + (0 if questions.exam_source else questions.exam)
+    if questions.source == SUMS:
+        name = f"{questions.terms} terms"
+        return draw_items(lambda skill, _, stream: _sum(questions, skill, stream), {name: ("",)}, wanted, seed)
+    if questions.source == PROBLEMS:
+        return Arithmetic(form="worded", only=questions.skills).items(wanted, seed=seed)
+    return list(read_file(Path(questions.source)))
+
+
+def _shuffled(items: list[Item], seed: int) -> list[Item]:
+    """Each text once, in an order that follows from the seed."""
+    once = list({item.instruction: item for item in items}.values())
+    random.Random(seed).shuffle(once)
+    return once
 
 
 def read_file(path: Path) -> tuple[Item, ...]:

@@ -134,6 +134,16 @@ def test_questions_are_chosen_by_name(tmp_path: Path):
         assert draw(Questions(source=source, count=20, exam=10), seed=3) == (learned, exam)
 
 
+def test_an_exam_from_another_file_shares_no_question(tmp_path: Path):
+    for name, numbers in (("train", range(1, 9)), ("test", range(7, 11))):
+        lines = [json.dumps({"problem": f"{n} and 3?", "answer": f"{n + 3}"}) for n in numbers]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    files = {"source": str(tmp_path / "train.jsonl"), "exam_source": str(tmp_path / "test.jsonl")}
+    learned, exam = draw(Questions(**files, exam=4), seed=0)
+    assert sorted(one.truth for one in exam) == ["10", "11", "12", "13"]
+    assert sorted(int(one.truth) for one in learned) == [4, 5, 6, 7, 8, 9]
+
+
 def test_the_difficulty_of_sums_is_tuned():
     hard, _ = draw(Questions(terms=3, smallest=100, largest=999, count=8, exam=1), seed=1)
     for one in hard:

@@ -71,10 +71,11 @@ TRAINING = Training(epochs=3, batch_size=4, learning_rate=2e-4, schedule="linear
 # What a model of 135M parameters can follow: examples to go by, of an answer and of the hint in use.
 SHORT = Prompts(
     system="Add the numbers.",
-    shots=("What is 21 + 34?", "= 55. \\boxed{55}"),
+    shots=("What is 48 + 17?", "= 65. \\boxed{65}"),
     hint="{question}\nWrong: {wrong}\nRight: {right}",
-    hint_shots=("What is 21 + 34?\nWrong: = 65. \\boxed{65}\nRight: = 55. \\boxed{55}", "= 55. \\boxed{55}"),
+    hint_shots=("What is 48 + 17?\nWrong: = 75. \\boxed{75}\nRight: = 65. \\boxed{65}", "= 65. \\boxed{65}"),
 )
+SMALL = Questions(smallest=2, largest=35)  # of which it answers a quarter to a third
 
 
 @dataclass(frozen=True)
@@ -85,11 +86,11 @@ class Config:
     """The model that teaches itself: ``smollm2`` (embedded), a folder, a GGUF file or a hub name."""
     student: str = "lora:rank=8,alpha=16"
     """``lora:rank=8[,base=..]``; or any other student of this model's tokenizer, which it teaches from outside."""
-    questions: Questions = Questions()
+    questions: Questions = SMALL
     """What is asked."""
     prompts: Prompts = SHORT
     """What teacher and student are told besides."""
-    rolling: Rolling = Rolling(copies=8, length=32, batch_size=256)
+    rolling: Rolling = Rolling(copies=8, length=24, batch_size=256)
     """How answers are drawn."""
     pairs: int = 64
     """Kept questions to learn from; no more questions are tried once there are as many, and those held out."""
@@ -120,7 +121,7 @@ class Config:
 
 
 tiny = Config(
-    questions=Questions(count=32, exam=4),
+    questions=replace(SMALL, count=32, exam=4),
     rolling=Rolling(copies=4, length=24, round=8),
     pairs=3,
     held_out=1,
@@ -128,11 +129,11 @@ tiny = Config(
     training=replace(TRAINING, epochs=None, steps=3, batch_size=2),
 )
 
-# The authors' scripts: Qwen2.5-3B-Instruct on GSM8K's training file, 256 questions kept, 192 steps.
+# The authors' scripts: Qwen2.5-3B-Instruct on GSM8K's training file, 256 questions kept, 192 steps; MATH-500 as exam.
 paper = Config(
     teacher="Qwen/Qwen2.5-3B-Instruct",
     student="lora:rank=32,alpha=32",
-    questions=Questions(source="gsm8k/train.jsonl", count=7000, exam=400),
+    questions=Questions(source="gsm8k/train.jsonl", exam_source="math500.jsonl", count=7473, exam=500),
     prompts=Prompts(),
     rolling=Rolling(copies=4, length=8192),
     pairs=256,

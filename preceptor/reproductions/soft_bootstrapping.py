@@ -6,6 +6,7 @@ It imports ``recipes.soft_bootstrapping``, its own, to run the method as it ship
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,11 +75,12 @@ class Shuffled:
 
 
 def reproduce(seeds: int, folder: Path, full: bool) -> Table:
-    """SmolLM2-135M-Instruct teaches itself sums of two numbers of two digits, beside baselines and controls.
+    """SmolLM2-135M-Instruct teaches itself sums of two numbers from 2 to 35, beside baselines and controls.
 
-    A question has 8 rollouts; 64 kept replies are learned in 3 epochs, 16 are held out, and 500 new questions are
-    answered greedily. All arms take the same steps in the same order, but for the unhinted teacher, whose gradient is
-    zero. ``full``: 200 replies and 1,000 questions.
+    The range was chosen on other seeds, so that a quarter to a third of the rollouts are right. A question has 8
+    rollouts; 64 kept replies are learned in 3 epochs, 16 are held out, and 500 new questions are answered greedily. All
+    arms take the same steps in the same order, but for the unhinted teacher, whose gradient is zero. ``full``: numbers
+    up to 60, and 200 replies.
     """
     done = [_one_seed(seed, folder, full) for seed in range(seeds)]
     table = Table("soft_bootstrapping: SmolLM2-135M-Instruct on sums", [ACCURACY, "95 % interval", LOSS])
@@ -175,7 +177,7 @@ def _one_seed(seed: int, folder: Path, full: bool) -> dict[str, Any]:
     plain = Config()
     config = replace(
         plain,
-        questions=Questions(count=1500 if full else 600, exam=1000 if full else 500),
+        questions=Questions(smallest=2, largest=60 if full else 35, count=1500 if full else 500, exam=500),
         pairs=200 if full else 64,
         output=str(path),
         cache=str(path / "cache"),
@@ -212,7 +214,7 @@ def _rolled(config: Config, teacher: LanguageModel, tried: list[Tried], held: li
     bare = write(teacher, prompts, sampling, batch_size=config.rolling.batch_size)
     marks = [judged(one.item, ids, teacher, by_value).correct for one, ids in zip(mixed, bare)]
     student = make_student(config.student, load(config.teacher), seed=config.training.seed)
-    few, same = held[:4], [Views(one.name, one.student, one.student) for one in held[:4]]
+    few, same = held[:2], [Views(one.name, one.student, one.student) for one in held[:2]]
     replies = [one.student for one in few]
     losses = [held_out_loss(student, Hinted(AdapterOff(student), shown, 0), replies, config) for shown in (same, few)]
     return {
@@ -236,6 +238,8 @@ def _arm(
 ) -> dict[str, Any]:
     """One arm from the same start: taught, then measured on held-out replies and on new questions."""
     folder = Path(config.output) / arm
+    if not (folder / "checkpoints").exists():
+        shutil.rmtree(folder, ignore_errors=True)  # a try that was stopped before it had anything to go on from
     training = replace(config.training, epochs=1) if arm == UNHINTED else config.training
     soft = replace(config, output=str(folder), training=training, resume=(folder / "config.json").exists())
     student = make_student(config.student, teacher, seed=config.training.seed)

@@ -237,7 +237,7 @@ def test_shots_stand_before_the_question_and_the_hints_own_before_the_hint(token
     asked = tokenizer.decode(SHORT.ask(kept(tokenizer).item, tokenizer))
     shown = tokenizer.decode(SHORT.show(kept(tokenizer), tokenizer))
     assert asked.count("<|im_start|>assistant\n") == shown.count("<|im_start|>assistant\n") == 2
-    assert asked.index("= 55. \\boxed{55}<|im_end|>") < asked.index("What is 2 + 3?")
+    assert asked.index("= 65. \\boxed{65}<|im_end|>") < asked.index("What is 2 + 3?")
     assert "Wrong" not in asked
     assert shown.count("Wrong: ") == 2
 
@@ -442,7 +442,7 @@ def test_the_papers_setting_starts_at_tiny_width(tmp_path, tokenizer, ends):
     config = replace(
         paper,
         teacher=model,
-        questions=replace(paper.questions, source=str(path), count=24, exam=4),
+        questions=replace(paper.questions, source=str(path), exam_source="", count=24, exam=4),
         rolling=replace(paper.rolling, length=4, round=8),
         pairs=4,
         held_out=2,
