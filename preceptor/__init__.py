@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from preceptor.sharing import announce
+
 if TYPE_CHECKING:
     from preceptor.data import collate, encode, make_prompts, read
     from preceptor.errors import UserError
@@ -47,6 +49,8 @@ _HOMES = {
     "preceptor.settings": ("Training",),
     "preceptor.training": ("Run",),
 }
+
+announce()
 
 
 def __getattr__(name: str) -> object:

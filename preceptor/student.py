@@ -16,9 +16,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from preceptor import embedded
 from preceptor.errors import UserError
 from preceptor.models import LanguageModel, load
+from preceptor.sharing.model import share
 
 FORMS = (
-    "teacher:layers=10 (evenly, first and last kept), teacher:layers=0,3,7 (these), "
+    "teacher:layers=10 (evenly, first and last kept), teacher:layers=0,3,7 (these), teacher:followers=5,6,7 (these "
+    "share the attention of the layer below), "
     "fresh:layers=4,hidden=192[,heads=,kv_heads=,intermediate=], lora:rank=8,alpha=16[,dropout=,base=NAME], or a "
     "model's name or folder"
 )
@@ -29,6 +31,8 @@ def make_student(spec: str, teacher: LanguageModel, *, seed: int) -> LanguageMod
 
     - ``teacher:layers=10``: the teacher with 10 of its layers, evenly spaced, the first and the last among them.
     - ``teacher:layers=0,3,7``: the teacher with these layers, in ascending order.
+    - ``teacher:followers=5,6,7``: the teacher, where these layers reuse the attention matrix of the nearest layer below
+      that computes one (``preceptor.sharing``).
     - ``fresh:layers=4,hidden=192``: the teacher's architecture and tokenizer, smaller, random weights. ``heads``,
       ``kv_heads`` and ``intermediate`` follow the teacher's proportions when they are not given.
     - ``lora:rank=8,alpha=16``: low-rank adapters on all linear layers but the head, on a copy of the teacher or on
@@ -45,7 +49,9 @@ def make_student(spec: str, teacher: LanguageModel, *, seed: int) -> LanguageMod
     """
     kind, _, rest = spec.partition(":")
     with _seeded(seed):
-        if kind == "teacher":
+        if re.fullmatch(r"teacher:followers=\d+(,\d+)*", spec):
+            student = _sharing(teacher, [int(layer) for layer in rest.partition("=")[2].split(",")])
+        elif kind == "teacher":
             student = _pruned(teacher, _layers(rest, spec, teacher))
         elif kind == "fresh":
             student = _fresh(teacher, _settings(rest, spec, ("layers", "hidden", "heads", "kv_heads", "intermediate")))
@@ -115,6 +121,12 @@ def _pruned(teacher: LanguageModel, keep: tuple[int, ...]) -> LanguageModel:
         model = type(source).from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
     model.generation_config = copy.deepcopy(source.generation_config)
     return LanguageModel(model, copy.deepcopy(teacher.tokenizer))
+
+
+def _sharing(teacher: LanguageModel, followers: list[int]) -> LanguageModel:
+    with embedded.without_progress_bars():
+        model = share(_plain(teacher), followers)
+    return LanguageModel(model.to(torch.float32), copy.deepcopy(teacher.tokenizer))  # type: ignore[arg-type]
 
 
 def _stack(model: PreTrainedModel) -> str:
