@@ -1,8 +1,8 @@
 """What a correction of a student's samples costs, beside writing them anew from the prompt.
 
 A round of correction reads the samples once with each model, keeps the student's key cache up to the corrected token,
-and writes on from there; it is compared with the same round without the cache (the prefix is read again), and with plain
-generation from the prompt. The ways take turns and change places from round to round; a ratio is one of medians.
+and writes on from there; it is compared with the same round without the cache (the prefix is read again), and with
+plain generation from the prompt. The ways take turns and change places from round to round; a ratio is one of medians.
 
     python benchmarks/semantic_revision.py [--student teacher:layers=15] [--prompts 16] [--length 64] [--save]
 """
