@@ -33,6 +33,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from preceptor import embedded
 from preceptor.errors import UserError
 from preceptor.models import LanguageModel
+from preceptor.sharing.config import SharedAttentionConfig
 from preceptor.student import make_student
 
 LOSS_BYTES = 256 << 20
@@ -174,6 +175,9 @@ def _build(config: PretrainedConfig) -> LanguageModel:
 def _shape_of(spec: str, teacher: LanguageModel) -> LanguageModel:
     """A model with the shapes of the student: a pruned copy has those of a fresh one with as many layers."""
     kind, _, rest = spec.partition(":")
+    if kind == "teacher" and re.fullmatch(r"followers=\d+(,\d+)*", rest):
+        followers = [int(layer) for layer in rest.partition("=")[2].split(",")]
+        return _build(SharedAttentionConfig(text_config=teacher.causal.config, followers=followers))
     if kind == "teacher":
         numbers = re.fullmatch(r"layers=(\d+(?:,\d+)*)", rest.replace(" ", ""))
         if numbers is None:

@@ -72,12 +72,18 @@ def model_card(name: str, model: PreTrainedModel, card: Mapping[str, object]) ->
     teacher = f" by the teacher {_cell(card['teacher'])}" if "teacher" in card else ""
     return (
         f"{tags}# {name}\n\nA language model taught{teacher} with Preceptor.\n\n| | |\n| --- | --- |\n{rows}\n"
-        "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"## Use\n\n```python\n{_import_needed(model)}from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n'
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n```\n\n'
         "## Limits\n\nA student inherits its teacher's mistakes and biases and adds its own; it is no better "
         "tested than the figures above and those of its run say. The licences of teacher and data apply to it.\n"
     )
+
+
+def _import_needed(model: PreTrainedModel) -> str:
+    """A line that makes transformers know a class of this package."""
+    ours = type(model).__module__.startswith("preceptor.")
+    return "import preceptor  # pip install preceptor: transformers then knows this kind of model\n" if ours else ""
 
 
 def _cell(value: object) -> str:
