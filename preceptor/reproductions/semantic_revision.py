@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Sequence as Listed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -130,7 +131,6 @@ def _table(done: list[dict[str, Any]], sizes: Sizes) -> Table:
 
 
 def _pooled(done: list[dict[str, Any]], way: str, name: str) -> list[float]:
-    """One figure of all prompts of all seeds."""
     return [value for seed in done for value in seed["samples"][way][name]]
 
 
@@ -155,8 +155,7 @@ def _correction_claims(done: list[dict[str, Any]]) -> list[Claim]:
 
 def _clipping_claims(done: list[dict[str, Any]]) -> list[Claim]:
     rows, outside = (sum(seed["clipping"][name] for seed in done) for name in ("rows", "outside"))
-    kept = [seed["clipping"]["kept"] for seed in done]
-    lost = [seed["clipping"]["kept without guard"] for seed in done]
+    kept, lost = ([seed["clipping"][name] for seed in done] for name in ("kept", "kept without guard"))
     joint = [seed["arms"]["learned clipping"]["kept"] for seed in done]
     return [
         Claim("DAC-KL lies between 0 and the whole KL at every position", f"{outside} of {rows} outside", outside == 0),
@@ -232,6 +231,8 @@ def _one_seed(seed: int, path: Path, sizes: Sizes) -> dict[str, Any]:
             said = FrozenTeacher(teacher) if config.own.share else recital
             student = _taught(config, exact, teacher, said, lessons, known=_elsewhere(arm, exact, lessons, seed))
             keep(arm, study.figures(student) | _last_kept(path / arm))
+            # Weights and moments of an arm take 1 GB, and nothing starts from them.
+            shutil.rmtree(path / arm / "checkpoints")
     return figures
 
 
@@ -243,12 +244,13 @@ def _taught(
     lessons: Lessons,
     known: dict[Sequence, tuple[int, ...]] | None = None,
 ) -> LanguageModel:
-    """One arm, taught and saved."""
+    """One arm, taught; the student that the others start from is saved."""
     folder = Path(config.output)
     student = make_student(config.student, exact, seed=config.training.seed)
     run = start(replace(config, resume=(folder / "config.json").exists()), student, teacher)
     teach(run, Reader(student, phrases, known or {}), said, lessons, config)
-    student.save(folder / "student")
+    if folder.name == START:
+        student.save(folder / "student")
     return student.eval()
 
 
@@ -259,8 +261,7 @@ def _elsewhere(arm: str, exact: LanguageModel, lessons: Lessons, seed: int) -> d
     draw, moved = random.Random(seed), dict[Sequence, tuple[int, ...]]()
     for sequence in lessons.train:
         answer = sequence.ids[len(sequence.prompt) :]
-        spans = token_spans(answer, exact.tokenizer, phrases)
-        lengths = [end - begun for begun, end in spans]
+        lengths = [end - begun for begun, end in token_spans(answer, exact.tokenizer, phrases)]
         parts = [(length, True) for length in lengths] + [(1, False)] * (len(answer) - sum(lengths))
         draw.shuffle(parts)
         place, found = 0, []
@@ -302,8 +303,7 @@ class _Study:
         assert measures.kl is not None
         rows = torch.cat(said.rows)
         told = HiddenTargets(torch.cat(self.said.rows), self.said.head)
-        everywhere = torch.ones(len(rows), dtype=torch.bool)
-        span = span_consistency(rows, said.head, told, self.pairs, mask=everywhere)
+        span = span_consistency(rows, said.head, told, self.pairs, mask=torch.ones(len(rows), dtype=torch.bool))
         return {
             "KL": measures.kl.mean,
             "ROUGE-L": rouge_l(self._greedy(student), self.greedy),
@@ -332,10 +332,10 @@ def _corrections(
         found[RAW] = _samples(teacher, raw, [()] * len(raw)) | {"no candidate": 0.0}
         for way, (rounds, place) in CORRECTIONS.items():
             torch.manual_seed(seed)
-            settings = Correction(rounds=rounds)
-            done = correct(student, FrozenTeacher(teacher), raw, settings, length=length, place=place)  # type: ignore[arg-type]
-            found[way] = _samples(teacher, done.sequences, done.places)
-            found[way]["no candidate"] = 100 * done.without / done.tried
+            settings, said = Correction(rounds=rounds), FrozenTeacher(teacher)
+            done = correct(student, said, raw, settings, length=length, place=place)  # type: ignore[arg-type]
+            share = {"no candidate": 100 * done.without / done.tried}
+            found[way] = _samples(teacher, done.sequences, done.places) | share
     return found
 
 
