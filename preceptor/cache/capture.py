@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence as Listed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +23,7 @@ from preceptor.cache.reading import Cache
 from preceptor.cache.store import Appender, Finished, pack
 from preceptor.data import Sequence, collate, sequence_key
 from preceptor.errors import UserError
+from preceptor.knowledge import Head
 from preceptor.models import LanguageModel, in_evaluation
 
 Say = Callable[[str], None]
@@ -104,7 +105,7 @@ def _begin(
     teacher: LanguageModel, sequences: Listed[Sequence], path: Path, *, name: str, max_length: int, plan: Plan, say: Say
 ) -> None:
     sample = _sample(teacher, sequences, plan)
-    head = teacher.head
+    head = _head(teacher)
     if plan.kind == "auto":
         codec, sentence = choose(sample, head, plan.wanted)
     else:
@@ -160,25 +161,31 @@ def _states(teacher: LanguageModel, sequences: list[Sequence]) -> list[Tensor]:
     return list(torch.split(hidden[predicts].float(), predicts.sum(-1).tolist()))
 
 
+def _head(teacher: LanguageModel) -> Head:
+    """The output head in float32, in which rows are encoded and measured, whatever the teacher's precision."""
+    head = teacher.head
+    return replace(head, weight=head.weight.float(), bias=None if head.bias is None else head.bias.float())
+
+
 def _capture_all(
     teacher: LanguageModel, codec: Codec, waiting: list[tuple[bytes, Sequence]], appender: Appender, tokens: int
 ) -> None:
     keys, sequences = [key for key, _ in waiting], [sequence for _, sequence in waiting]
     report = Report(sum(sum(sequence.response[1:]) for sequence in sequences))
-    at = 0
+    at, head = 0, _head(teacher)
     for batch in _batches(sequences, tokens):
         states = _states(teacher, batch)
-        finished = _encode(codec, keys[at : at + len(batch)], states, teacher)
+        finished = _encode(codec, keys[at : at + len(batch)], states, head)
         appender.append(finished)
         report.add(finished)
         at += len(batch)
     report.close()
 
 
-def _encode(codec: Codec, keys: list[bytes], states: list[Tensor], teacher: LanguageModel) -> list[Finished]:
+def _encode(codec: Codec, keys: list[bytes], states: list[Tensor], head: Head) -> list[Finished]:
     seeds = [np.random.default_rng(int.from_bytes(key, "little")) for key in keys]
     offsets = [seed.random(len(rows)) for seed, rows in zip(seeds, states)]
-    told = encode(codec, torch.cat(states), teacher.head, torch.from_numpy(np.concatenate(offsets)))
+    told = encode(codec, torch.cat(states), head, torch.from_numpy(np.concatenate(offsets)))
     return list(_divided(told, keys, [len(rows) for rows in states]))
 
 

@@ -29,6 +29,8 @@ Decided here, where the authors' scripts do something that does not serve the me
 * Targets are the last hidden states and the head: exact, and nothing of the vocabulary's size is written. A folder
   ``cache`` keeps them on the disk, for students that are not the teacher's own adapter or are taught often.
 
+The loop is ``teach``; the file is long because half of it gathers what is learned and examines what was.
+
 Command: ``preceptor run soft_bootstrapping``
 """
 

@@ -1,5 +1,6 @@
 """What is soft bootstrapping's own: two views of a reply, the hint gap, alignment, prompts, its door."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from preceptor.knowledge import Head, HiddenTargets, LogitTargets
 from preceptor.memory import memory_needed
 from preceptor.models import LanguageModel, load
 from preceptor.objective import Objective
-from preceptor.questions import Questions
+from preceptor.questions import Questions, draw
 from preceptor.recipes.soft_bootstrapping import SHORT, Config, bootstrap, main, paper, to_write
 from preceptor.rollouts import Rollout, Tried
 from preceptor.selection import Rolling
@@ -243,8 +244,6 @@ def test_shots_stand_before_the_question_and_the_hints_own_before_the_hint(token
 
 
 def test_a_tokenizer_without_a_template_gets_the_plain_one(tokenizer):
-    import copy
-
     bare = copy.deepcopy(tokenizer)
     bare.chat_template = None
     text = bare.decode(PROMPTS.ask(kept(tokenizer).item, bare))
@@ -303,6 +302,14 @@ def test_a_cache_says_what_the_teacher_says(student, base, tmp_path):
     assert float(cached.sum) == pytest.approx(float(live.sum), rel=1e-3)
     with pytest.raises(UserError, match="1 of 1 sequences are not in the cache"):
         loss(student, SAME[:1], said=CachedTeacher(Cache.open(tmp_path / "c")))
+
+
+def test_a_teacher_that_writes_in_half_precision_is_cached_too(student, base, tmp_path):
+    half = copy.deepcopy(base).to(torch.bfloat16)
+    plan = Plan(Wanted(budget=200.0, k=64), kind="hidden", sample=64)
+    there = capture(half, [one.teacher for one in SHOWN], tmp_path / "c", name="b", max_length=64, plan=plan)
+    cached, live = loss(student, SHOWN, said=CachedTeacher(there)), loss(student, SHOWN)
+    assert float(cached.sum) == pytest.approx(float(live.sum), rel=0.05)
 
 
 def test_a_frozen_teacher_of_another_size_teaches_too(base, tokenizer):
@@ -450,8 +457,6 @@ def test_the_papers_setting_starts_at_tiny_width(tmp_path, tokenizer, ends):
         output=str(tmp_path / "run"),
         training=replace(paper.training, epochs=None, steps=1, precision="fp32"),
     )
-    from preceptor.questions import draw
-
     items, exam = draw(config.questions, 0)
     assert bootstrap(config, items, exam, toss) is not None
     need = memory_needed(model, paper.student, batch=4, length=512, precision="bf16", teacher_dtype="bfloat16")
