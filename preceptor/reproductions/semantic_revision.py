@@ -101,27 +101,27 @@ def reproduce(seeds: int, folder: Path, full: bool) -> Table:
     sizes = Sizes(Text(limit=80, held_out=34, answer_length=16), 20, 32, tuple(a for a in ARMS if a not in ONLY_FULL))
     if full:
         sizes = Sizes(Text(limit=480, held_out=96, answer_length=48), 120, 192, tuple(ARMS))
-    done = [_one_seed(seed, folder / f"seed-{seed}", sizes) for seed in range(seeds)]
-    return _table(done, sizes)
+    return _table([_one_seed(seed, folder / f"seed-{seed}", sizes) for seed in range(seeds)], sizes)
 
 
 def _table(done: list[dict[str, Any]], sizes: Sizes) -> Table:
-    columns = ["KL", "ROUGE-L", "span", "NLL", "NLL elsewhere", "distinct-2", "no candidate"]
+    columns = ["KL", "ROUGE-L", "span", "NLL", "NLL elsewhere", "raw elsewhere", "distinct-2", "no candidate"]
     table = Table("semantic_revision: a 15-layer student of SmolLM2-135M-Instruct", columns, units=UNITS)
     for arm in (START, *sizes.arms):
         table.rows[arm] = {name: mean_of([seed["arms"][arm][name] for seed in done]) for name in columns[:3]}
     for way in (RAW, *CORRECTIONS):
-        cells = {name: mean_of(_pooled(done, way, name)) for name in ("NLL", "NLL elsewhere")}
-        shares = {name: mean_of([seed["samples"][way][name] for seed in done]) for name in columns[5:]}
+        names = ("NLL", "NLL elsewhere", "raw elsewhere") if way in CORRECTIONS else ("NLL",)
+        cells = {name: mean_of(_pooled(done, way, name)) for name in names}
+        shares = {name: mean_of([seed["samples"][way][name] for seed in done]) for name in columns[6:]}
         table.rows[way] = {**cells, **shares}
     table.better = {"KL": "lower", "ROUGE-L": "higher", "span": "lower", "NLL": "lower", "NLL elsewhere": "lower"}
     table.notes = [f"{arm}: {ARMS[arm][1]}." for arm in sizes.arms]
     table.notes += [
         f"KL(teacher ‖ student), ROUGE-L to the teacher's greedy answers and the span term on held-out topics; mean ± "
         f"standard error over {len(done)} seeds; {sizes.first_steps} steps of 8 sequences, then {sizes.steps} of 4.",
-        f"NLL: the teacher's negative log-likelihood of what the fine-tuned student wrote, on {sizes.text.held_out} "
-        f"held-out prompts a seed, {sizes.text.held_out * len(done)} in all, ± standard error over prompts; elsewhere: "
-        "without the corrected tokens themselves. No candidate: share of looks that found no token to correct.",
+        f"NLL: the teacher's, of what the fine-tuned student wrote on {sizes.text.held_out} prompts a seed, "
+        f"{sizes.text.held_out * len(done)} in all, ± standard error over them; elsewhere: without the corrected tokens, "
+        "and the raw samples without those same places. No candidate: looks that found no token to correct.",
         "f_sub alone, 300 steps on the fine-tuned student's text: the teacher's mass that is kept is "
         f"{mean_of([seed['clipping']['kept'] for seed in done])} with the guard and "
         f"{mean_of([seed['clipping']['kept without guard'] for seed in done])} without it.",
@@ -137,17 +137,16 @@ def _pooled(done: list[dict[str, Any]], way: str, name: str) -> list[float]:
 def _correction_claims(done: list[dict[str, Any]]) -> list[Claim]:
     once, thrice, random_place = CORRECTIONS
     nll = {way: _pooled(done, way, "NLL") for way in (RAW, *CORRECTIONS)}
-    count = len(nll[RAW])
     return [
         compare(ours, theirs, text, better="lower").claim
         for ours, theirs, text in (
-            (nll[once], nll[RAW], f"Corrected samples are likelier to the teacher (paired, {count} prompts)"),
+            (nll[once], nll[RAW], f"Corrected samples are likelier to the teacher (paired, {len(nll[RAW])} prompts)"),
             (nll[thrice], nll[once], "... and three corrections more so than one"),
             (nll[once], nll[random_place], "A correction at a random place helps less"),
             (
                 _pooled(done, once, "NLL elsewhere"),
-                _pooled(done, RAW, "NLL elsewhere"),
-                "The tokens that were not corrected are likelier too",
+                _pooled(done, once, "raw elsewhere"),
+                "The other tokens are likelier than all others of the raw samples were",
             ),
         )
     ]
@@ -336,6 +335,7 @@ def _corrections(
             done = correct(student, said, raw, settings, length=length, place=place)  # type: ignore[arg-type]
             share = {"no candidate": 100 * done.without / done.tried}
             found[way] = _samples(teacher, done.sequences, done.places) | share
+            found[way]["raw elsewhere"] = _samples(teacher, raw, done.places)["NLL elsewhere"]
     return found
 
 
