@@ -120,8 +120,8 @@ def _table(done: list[dict[str, Any]], sizes: Sizes) -> Table:
         f"KL(teacher ‖ student), ROUGE-L to the teacher's greedy answers and the span term on held-out topics; mean ± "
         f"standard error over {len(done)} seeds; {sizes.first_steps} steps of 8 sequences, then {sizes.steps} of 4.",
         f"NLL: the teacher's, of what the fine-tuned student wrote on {sizes.text.held_out} prompts a seed, "
-        f"{sizes.text.held_out * len(done)} in all, ± standard error over them; elsewhere: without the corrected tokens, "
-        "and the raw samples without those same places. No candidate: looks that found no token to correct.",
+        f"{sizes.text.held_out * len(done)} in all, ± standard error over them; elsewhere: without the corrected "
+        "tokens, and the raw samples without those same places. No candidate: looks that found no token to correct.",
         "f_sub alone, 300 steps on the fine-tuned student's text: the teacher's mass that is kept is "
         f"{mean_of([seed['clipping']['kept'] for seed in done])} with the guard and "
         f"{mean_of([seed['clipping']['kept without guard'] for seed in done])} without it.",
