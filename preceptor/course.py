@@ -10,6 +10,8 @@ from torch import Tensor
 
 from preceptor.departure import Label, reference_label
 
+TOGETHER = 5  # checkpoints in a row whose mean decides a label
+
 
 @dataclass
 class Course:
@@ -38,8 +40,9 @@ class Course:
         return min(range(len(self.steps)), key=lambda place: float(self.golden[place].mean()))
 
     def label(self) -> Label:
-        """The reference label (see ``departure.reference_label``)."""
-        return reference_label(self.steps, [row.tolist() for row in self.golden], [row.tolist() for row in self.proxy])
+        """The reference label, of means over ``TOGETHER`` checkpoints in a row (see ``departure.reference_label``)."""
+        golden, proxy = ([row.tolist() for row in rows] for rows in (self.golden, self.proxy))
+        return reference_label(self.steps, golden, proxy, together=TOGETHER)
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, for a checkpoint or a file."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from preceptor.errors import UserError
 from preceptor.settings import Training
@@ -52,13 +53,16 @@ class Watch:
 class Verdict:
     """What was found: the law's exponent a, its c and the R² of the fit, and the step from which the run departs.
 
-    ``reason`` is ``"insufficient data: ..."`` when there is no verdict (the other fields are None then), else empty.
+    ``rising``: the proxy ends above its least value by more than the fit's own scatter, which is overfitting.
+    ``fitted`` and ``judged``: how many checkpoints were. ``reason`` is ``"insufficient data: ..."`` when there is no
+    verdict (the other fields are None then), else empty.
     """
 
     exponent: float | None = None
     intercept: float | None = None
     r_squared: float | None = None
     flagged: int | None = None
+    rising: bool = False
     fitted: int = 0
     judged: int = 0
     reason: str = ""
@@ -84,7 +88,8 @@ class Verdict:
             return f"No verdict: {self.reason}."
         law = f"C · step^(-{self.exponent:.3g}) (R² {self.r_squared:.3f} over {self.fitted} checkpoints)"
         if self.flagged is not None:
-            return f"The proxy leaves its power law {law} from step {self.flagged} on."
+            rising = " It rises, on held-out prompts: the student overfits." if self.rising else ""
+            return f"The proxy leaves its power law {law} from step {self.flagged} on.{rising}"
         return f"The proxy keeps to its power law {law} in the {self.judged} after them."
 
 
@@ -151,7 +156,8 @@ def find_departure(points: Sequence[tuple[int, float]], watch: Watch = Watch()) 
         return Verdict(reason=f"{INSUFFICIENT}: {why}")
     size = min(max(FEWEST, round(watch.window * len(points))), len(points) - IN_A_ROW)
     line = _fit(points[:size])
-    verdict = Verdict(-line.slope, line.intercept, line.r_squared, None, size, len(points) - size)
+    rising = _rise([value for _, value in points]) > watch.residual * line.deviation
+    verdict = Verdict(-line.slope, line.intercept, line.r_squared, None, rising, size, len(points) - size)
     run = 0
     for place, (step, value) in enumerate(points[size:], size):
         x, gap = math.log(step), math.log(value) - line.intercept - line.slope * math.log(step)
@@ -167,6 +173,12 @@ def _fit(points: Sequence[tuple[int, float]]) -> Line:
     return fit_line([math.log(step) for step, _ in points], [math.log(value) for _, value in points])
 
 
+def _rise(values: Sequence[float]) -> float:
+    """How far, in logarithms, the last 3 values lie above the least mean of 3 in a row."""
+    means = [math.fsum(values[start : start + IN_A_ROW]) for start in range(len(values) - IN_A_ROW + 1)]
+    return math.log(means[-1] / min(means))
+
+
 def _insufficient(points: Sequence[tuple[int, float]], fewest: int) -> str:
     bad = [step for step, value in points if not (math.isfinite(value) and value > 0)]
     if bad:
@@ -174,6 +186,34 @@ def _insufficient(points: Sequence[tuple[int, float]], fewest: int) -> str:
     if len({step for step, _ in points if step > 0}) < max(fewest, len(points)):
         return f"{len(points)} checkpoints after step 0 at a constant rate, and at least {fewest} are needed"
     return ""
+
+
+class Watcher:
+    """Watches the proxy of one run while it goes: a checkpoint at a time, kept over a resume by ``Run.remember``.
+
+    Args:
+        training: the run's settings; only its constant-rate part is read.
+        watch: window and bounds.
+    """
+
+    def __init__(self, training: Training, watch: Watch = Watch()) -> None:
+        self.training, self.watch = training, watch
+        self.points: list[tuple[int, float]] = []
+        self.verdict = find_departure([])
+
+    def see(self, step: int, proxy: float, *, total: int) -> Verdict:
+        """Take one checkpoint of a run of ``total`` steps, and judge the run so far."""
+        self.points.append((step, proxy))
+        self.verdict = find_departure(constant_part(self.points, self.training, total), self.watch)
+        return self.verdict
+
+    def state_dict(self) -> dict[str, Any]:
+        """The checkpoints seen."""
+        return {"points": [list(point) for point in self.points]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what ``state_dict`` gave."""
+        self.points = [(int(step), float(proxy)) for step, proxy in state["points"]]
 
 
 @dataclass(frozen=True)
@@ -192,7 +232,9 @@ class Label:
     overfitted: bool
 
 
-def reference_label(steps: Sequence[int], golden: Sequence[Sequence[float]], proxy: Sequence[Sequence[float]]) -> Label:
+def reference_label(
+    steps: Sequence[int], golden: Sequence[Sequence[float]], proxy: Sequence[Sequence[float]], *, together: int = 1
+) -> Label:
     """The reference label of a run: h = golden(final) - min_s golden(s), against its paired standard error.
 
     The same sequences are read at every checkpoint, so h is a mean of differences, one a sequence. When golden's least
@@ -202,18 +244,28 @@ def reference_label(steps: Sequence[int], golden: Sequence[Sequence[float]], pro
         steps: of the checkpoints, ascending.
         golden: for each checkpoint, the divergence from the oracle on each held-out sequence.
         proxy: likewise from the teacher.
+        together: checkpoints in a row whose mean counts as one, so that the least of many is not low by the noise of
+            training alone; fewer checkpoints than that are one.
 
     Raises:
         UserError: there is no checkpoint.
     """
     if not steps:
         raise UserError("There is no checkpoint to label: set training.evaluate_every.")
-    least = min(range(len(steps)), key=lambda place: math.fsum(golden[place]) / len(golden[place]))
+    size = min(together, len(steps))
+    golden, proxy = _smoothed(golden, size), _smoothed(proxy, size)
+    least = min(range(len(golden)), key=lambda place: math.fsum(golden[place]) / len(golden[place]))
     rise, error = _paired(golden[-1], golden[least])
     proxy_rise, proxy_error = _paired(proxy[-1], proxy[least])
     went_up = rise > 2 * error and rise > 0
     overfitted = proxy_rise > 2 * proxy_error and proxy_rise > 0
-    return Label(steps[least], rise, error, proxy_rise, went_up and proxy_rise <= 0, overfitted)
+    return Label(steps[least + size // 2], rise, error, proxy_rise, went_up and proxy_rise <= 0, overfitted)
+
+
+def _smoothed(values: Sequence[Sequence[float]], size: int) -> list[list[float]]:
+    """The mean of every ``size`` checkpoints in a row, sequence by sequence."""
+    rows = (values[start : start + size] for start in range(len(values) - size + 1))
+    return [[math.fsum(one) / size for one in zip(*part, strict=True)] for part in rows]
 
 
 def _paired(after: Sequence[float], before: Sequence[float]) -> tuple[float, float]:

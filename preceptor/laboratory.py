@@ -46,7 +46,7 @@ class Data:
     instructions). An exact oracle draws its own."""
     oracle: int = 1000
     """Prompts that the oracle answers, for stage one."""
-    prompts: int = 400
+    prompts: int = 256
     """Prompts of the distillation."""
     responses: int = 1
     """Answers to each prompt of the distillation."""

@@ -180,6 +180,20 @@ def test_a_rise_within_the_noise_is_neither():
     assert not label.hacked
 
 
+def test_the_least_of_many_noisy_checkpoints_is_not_low_by_chance():
+    """A golden value that stands still but for a noise that all sequences share, the end high by chance."""
+    draws = random.Random(3)
+    noise = [draws.gauss(0, 0.05) for _ in range(38)] + [0.02, 0.06]
+    golden = [[5 + own / 10 + shared for own in range(8)] for shared in noise]
+    proxy = [[5 - place / 10] * 8 for place in range(40)]
+    steps = list(range(40))
+    assert reference_label(steps, golden, proxy).rise > 0.1
+    smooth = reference_label(steps, golden, proxy, together=5)
+    assert 0 <= smooth.rise < 0.1
+    assert smooth.least in steps[2:-2]
+    assert reference_label(steps[:2], golden[:2], proxy[:2], together=5).rise == 0
+
+
 def test_a_label_needs_a_checkpoint():
     with pytest.raises(UserError, match="evaluate_every"):
         reference_label([], [], [])

@@ -23,6 +23,8 @@ Decided here, where the sources differ or are silent:
 * Missing answers can be left to the teacher, who writes them before training starts, into ``lessons.jsonl``.
 * With ``own.adaptive`` the share of own samples follows DistiLLM's adaptive off-policy schedule: a threshold φ that
   starts at 0 and grows by 0.1 whenever the held-out loss has risen by 0.1, and a replay buffer of 1,000 samples.
+* ``watch_hacking`` asks of every evaluation whether the held-out loss has left its power law (``departure``; Tiapkin et
+  al. 2025, https://arxiv.org/abs/2502.02671), says the step, and draws it into the report.
 * A student ``lora:...`` without a base of its own learns on top of the teacher, which then is the student itself with
   its adapter off.
 
@@ -45,7 +47,9 @@ import torch
 
 from preceptor.cache import Cache
 from preceptor.cache.header import Header
+from preceptor.course_pictures import draw_law
 from preceptor.data import Batch, Sequence, collate
+from preceptor.departure import Watcher
 from preceptor.errors import UserError
 from preceptor.evaluation import LABELS_ONLY, TAUGHT, UNTAUGHT, Table, examine
 from preceptor.folder import check_folder
@@ -82,6 +86,8 @@ class Config:
     """Precision of the teacher while it writes and answers online; evaluations use float32."""
     labels_arm: bool = False
     """Also train a student by the same text's labels alone, in as many steps, for one more column of the table."""
+    watch_hacking: bool = False
+    """Watch the held-out loss for a departure from its power law, a sign that the teacher is hacked."""
     output: str = "runs/gkd/run"
     """Folder of the run."""
     resume: bool = False
@@ -95,6 +101,12 @@ class Config:
             raise UserError("A cache holds what the teacher said of given text, not of own samples: leave cache empty.")
         if self.own.adaptive and not self.training.evaluate_every:
             raise UserError("own.adaptive follows the held-out loss: set training.evaluate_every.")
+        steady = self.training.schedule == "constant" and self.training.evaluate_every > 0
+        if self.watch_hacking and (not steady or self.objective.label_weight or not self.objective.weight):
+            raise UserError(
+                "watch_hacking reads the distance to the teacher at a constant learning rate: give training.schedule "
+                "constant, training.evaluate_every, and an objective without labels."
+            )
 
 
 tiny = Config(
@@ -126,10 +138,11 @@ paper = Config(
 )
 
 
-def teach(run: Run, student: LanguageModel, said: Teacher | None, lessons: Lessons, config: Config) -> None:
-    """The loop. ``said`` answers for each batch; None teaches by labels alone."""
-    own = OwnShare(config.own)
+def teach(run: Run, student: LanguageModel, said: Teacher | None, lessons: Lessons, config: Config) -> Watcher:
+    """The loop. ``said`` answers for each batch; None teaches by labels alone. Returns who watched."""
+    own, watcher = OwnShare(config.own), Watcher(config.training)
     run.remember("own", own)
+    run.remember("watcher", watcher)
     batches = partial(collate, pad_id=student.pad_id)
     for examples in run.steps(lessons.train):
         examples = own.mix(student, examples, config.text, progress=run.step / run.total)
@@ -141,7 +154,11 @@ def teach(run: Run, student: LanguageModel, said: Teacher | None, lessons: Lesso
             held_out = held_out_loss(run, said, lessons.exam, batches, config)
             run.log(held_out_loss=held_out)
             own.see(held_out)
+            verdict = watcher.see(run.step, held_out, total=run.total)
+            if config.watch_hacking and verdict.flagged is not None:
+                run.log(left_power_law_at=verdict.flagged)
     run.finish()
+    return watcher
 
 
 @torch.no_grad()
@@ -179,7 +196,10 @@ def main(config: Config) -> Table | None:
     run = start(config, student, teacher)
     with run.accelerator.main_process_first():
         lessons = prepare(config.text, teacher, seed=config.training.seed, path=folder / "lessons.jsonl")
-    teach(run, student, _listen(config, run, teacher, student, lessons), lessons, config)
+    watcher = teach(run, student, _listen(config, run, teacher, student, lessons), lessons, config)
+    if config.watch_hacking and run.is_main:
+        print(watcher.verdict)
+        draw_law(folder / "pictures" / "hacking.png", watcher.points, watcher.verdict, str(watcher.verdict))
     taught = {TAUGHT: _whole(run, student, config)}
     if config.labels_arm:
         taught[LABELS_ONLY] = _taught_by_labels(config, teacher, lessons)

@@ -206,3 +206,70 @@ def test_a_lora_student_is_taught_by_its_own_base(tmp_path, tokenizer):
     assert torch.equal(base.head.weight, merged.head.weight)  # the head carries no adapter
     first = "model.layers.0.self_attn.q_proj.weight"
     assert not torch.equal(base.causal.state_dict()[first], merged.causal.state_dict()[first])
+
+
+WATCHED = replace(TRAINING, steps=30, evaluate_every=2)
+
+
+def test_a_watched_run_says_where_it_left_its_power_law(tmp_path, tokenizer, monkeypatch):
+    """The held-out loss is replaced by a power law that is left from step 20 on."""
+    losses = (step**-0.5 * (2 if step >= 20 else 1 + step % 4 / 1000) for step in range(2, 31, 2))
+    monkeypatch.setattr("preceptor.recipes.gkd.held_out_loss", lambda *_: next(losses))
+    config = Config(training=WATCHED, watch_hacking=True, output=str(tmp_path / "run"))
+    watcher, _ = watched(tmp_path, tokenizer, config)
+    assert watcher.verdict.flagged == 20
+    assert marked(tmp_path) == [(24, 20), (26, 20), (28, 20), (30, 20)]
+
+
+def test_an_unwatched_run_marks_nothing_and_a_short_one_has_no_verdict(tmp_path, tokenizer):
+    config = Config(training=replace(WATCHED, steps=8), watch_hacking=True, output=str(tmp_path / "run"))
+    watcher, _ = watched(tmp_path, tokenizer, config)
+    assert watcher.verdict.reason.startswith("insufficient data")
+    assert [step for step, _ in watcher.points] == [2, 4, 6, 8]
+    assert not marked(tmp_path)
+
+
+def test_the_watch_of_a_stopped_run_goes_on(tmp_path, tokenizer, monkeypatch):
+    config = Config(training=replace(WATCHED, steps=20, save_every=5), watch_hacking=True)
+    whole, _ = watched(tmp_path / "whole", tokenizer, config)
+    log, calls = Run.log, iter(range(5))
+
+    def stop(self, **values):
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        log(self, **values)
+
+    monkeypatch.setattr(Run, "log", stop)
+    with pytest.raises(KeyboardInterrupt):
+        watched(tmp_path / "stopped", tokenizer, config)
+    monkeypatch.setattr(Run, "log", log)
+    again, _ = watched(tmp_path / "stopped", tokenizer, replace(config, resume=True))
+    assert again.points == whole.points
+
+
+def watched(tmp_path, tokenizer, config):
+    student, lessons = small(tokenizer, 1), Lessons(sequences(16), sequences(4, seed=9), [])
+    said = FrozenTeacher(small(tokenizer, 0))
+    engine = Run(config.training, student=student, folder=tmp_path / "run", config=config, resume=config.resume)
+    return teach(engine, student, said, lessons, config), engine
+
+
+def marked(tmp_path):
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["left_power_law_at"]) for line in lines if "left_power_law_at" in line]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["--training.schedule", "constant"],
+        ["--training.evaluate-every", "5"],
+        ["--training.schedule", "constant", "--training.evaluate-every", "5", "--objective.label-weight", "1"],
+    ],
+)
+def test_a_watch_without_a_constant_rate_or_checkpoints_is_refused(words, capsys):
+    assert cli.main(["run", "gkd", "--watch-hacking", *words]) == 2
+    told = capsys.readouterr().err
+    assert "training.schedule" in told
+    assert told.count("\n") == 1
