@@ -207,7 +207,7 @@ def bootstrap(config: Config, items: Listed[Item], exam: Listed[Item], verify: V
     train, held = lessons(config, tried, teacher)
     said = listen(config, run, teacher, student, [*train, *held]) if config.objective.weight else None
     replies = [one.student for one in held]
-    before = held_out_loss(unlearned(config, teacher), said, replies, config)
+    before = held_out_loss(unlearned(config, teacher) if run.step else run.student, said, replies, config)
     teach(run, said, [one.student for one in train], replies, config, pad_id=student.pad_id)
     after = held_out_loss(run.student, said, replies, config)
     return examine(config, teacher, student, tried, exam, verify, losses=(before, after)) if run.is_main else None
@@ -279,7 +279,9 @@ def _cached(config: Config, run: Run, teacher: LanguageModel, shown: list[Views]
 
 
 def unlearned(config: Config, teacher: LanguageModel) -> LanguageModel:
-    """The student before it learned anything, whatever step the run stands at."""
+    """The student before it learned anything; on its own base, that is what the teacher is."""
+    if config.student.startswith("lora:") and "base=" not in config.student:
+        return teacher
     return make_student(config.student, teacher, seed=config.training.seed).to(teacher.device)
 
 
@@ -291,8 +293,10 @@ def solve(model: LanguageModel, items: Listed[Item], config: Config, verify: Ver
 
 
 def to_write(student: LanguageModel, dtype: str) -> LanguageModel:
-    """A copy in the precision of the rollouts; an adapter stays apart, since merged it would drown in the rounding."""
+    """The student in the precision of the rollouts; an adapter stays apart: merged, it would drown in the rounding."""
     precision: torch.dtype = getattr(torch, dtype)
+    if next(student.parameters()).dtype == precision:
+        return student
     return copy.deepcopy(student).to(precision).eval()
 
 
