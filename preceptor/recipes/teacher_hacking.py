@@ -346,6 +346,8 @@ def conclude(laboratory: Laboratory, course: Course, config: Config) -> Table:
 
 def told(label: Label) -> str:
     """The reference label in one sentence."""
+    if label.rise <= 0:
+        return "No hacking: golden ends at its least value."
     rose = f"golden rose by {label.rise:.3g} ± {label.error:.2g} nats a sequence after step {label.least}"
     if label.hacked:
         return f"The teacher is hacked: {rose}, while the proxy did not rise ({label.proxy_rise:+.2g})."

@@ -10,13 +10,15 @@ from safetensors.torch import load_file
 from preceptor import cli
 from preceptor.authors import answered, symbol_model
 from preceptor.data import collate
+from preceptor.departure import Label
 from preceptor.errors import UserError
 from preceptor.knowledge import HiddenTargets, LogitTargets
 from preceptor.laboratory import build
 from preceptor.memory import memory_needed
 from preceptor.models import LanguageModel, load
 from preceptor.recipes import teacher_hacking as recipe
-from preceptor.recipes.teacher_hacking import Book, Recital, distil, main, paper, setup, start, tiny
+from preceptor.recipes.teacher_hacking import Book, Config, Recital, distil, main, paper, setup, start, tiny, told
+from preceptor.reproductions.teacher_hacking import CONTROL, FIFTH, HALF, OFFLINE, arms
 from preceptor.student import make_student
 
 
@@ -186,6 +188,30 @@ def test_what_it_leaves_to_look_at(tmp_path):
     assert "power law" in page
     pytest.importorskip("matplotlib")
     assert {path.name for path in (tmp_path / "run" / "pictures").glob("*.png")} == {"1_plane.png", "2_law.png"}
+
+
+@pytest.mark.parametrize(
+    ("label", "said"),
+    [
+        (Label(40, 0.5, 0.1, -0.2, hacked=True, overfitted=False), "The teacher is hacked: golden rose by 0.5 ± 0.1"),
+        (Label(40, 0.5, 0.1, 0.3, hacked=False, overfitted=True), "Overfitting, not hacking"),
+        (Label(40, 0.1, 0.1, 0.0, hacked=False, overfitted=False), "No hacking: golden rose by 0.1"),
+        (Label(40, 0.0, 0.0, 0.0, hacked=False, overfitted=False), "ends at its least value"),
+    ],
+)
+def test_a_label_says_itself_in_a_sentence(label, said):
+    assert said in told(label)
+
+
+def test_the_arms_of_the_reproduction_read_as_much_in_as_many_steps():
+    compared = arms(Config())
+    offline = compared[OFFLINE]
+    for name in (HALF, FIFTH):
+        data = compared[name].data
+        assert 0 <= offline.data.prompts - data.prompts * data.responses < data.responses
+    steps = {name: config.training for name, config in compared.items() if name != CONTROL}
+    assert set(steps.values()) == {offline.training}
+    assert {config.writer for name, config in compared.items() if "student" in name} == {"student"}
 
 
 @pytest.mark.parametrize(
