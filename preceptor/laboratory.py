@@ -8,6 +8,7 @@ oracle (golden) and one by the teacher (proxy), written once. All of it is kept 
 from __future__ import annotations
 
 import json
+import random
 import warnings
 from collections.abc import Sequence as Listed
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from preceptor.training import Run, Training
 
 ORACLE = "oracle"
 EMBEDDED = "prompts"
+INSTRUCTIONS = 5000  # embedded ones that are there to choose from
 SOURCES = ("markov", "hmm")
 TOGETHER = 512  # answers in symbols that are written at a time
 READ = 64  # sequences of an exam that are read at a time
@@ -212,10 +214,12 @@ def _prompts(author: Author, family: LanguageModel, data: Data, seed: int) -> tu
 def _asked(data: Data, family: LanguageModel, count: int, seed: int) -> list[Prompt]:
     """The ids of a data set's prompts, those that are longer than ``data.prompt_length`` left out."""
     if data.source == EMBEDDED:
-        asked = make_prompts(count, seed)
+        asked = make_prompts(max(count, INSTRUCTIONS), seed)
     else:
         turns = [example.messages for example in read(data.source) if example.messages]
         asked = [told[:-1] if told[-1]["role"] == "assistant" else told for told in turns]
+        # A file may be sorted: the prompts of both stages and of the exams must be of one distribution.
+        random.Random(seed).shuffle(asked)
     ids = (encode_prompt(messages, family.tokenizer) for messages in asked if messages)
     return [prompt for prompt in ids if len(prompt) <= data.prompt_length]
 
