@@ -226,7 +226,8 @@ def read_once(step: Step) -> Step:
     def shared(prefix: Prefix) -> tuple[Tensor, Any]:
         if prefix.cache is not None:
             return step(prefix)
-        unique, places = torch.unique(prefix.ids, dim=0, return_inverse=True)
+        told = torch.cat([prefix.ids, prefix.mask], 1)  # padding looks like the token 0, which a prompt may begin with
+        unique, places = torch.unique(told, dim=0, return_inverse=True)
         rows = torch.zeros(len(unique), dtype=torch.long, device=places.device)
         rows[places] = torch.arange(len(places), device=places.device)
         logits, cache = _read(step, Prefix(prefix.ids[rows], prefix.mask[rows], prefix.positions[rows], None))

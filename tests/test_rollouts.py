@@ -80,6 +80,13 @@ def test_what_prompts_share_is_read_once_and_changes_nothing(small):
     assert (2, 15) in seen  # padded on the left: read as a whole, each prompt once
 
 
+def test_padding_is_not_taken_for_the_token_that_it_looks_like(small):
+    prompts = [(0, 9, 8, 7), (9, 8, 7), (0, 0, 9, 8, 7)]
+    assert write(small, prompts, Sampling(6, 0.0), batch_size=3) == small.generate(
+        prompts, max_new_tokens=6, temperature=0.0
+    )
+
+
 def test_a_shared_beginning_has_the_same_logits(small):
     prompts = [(*range(10, 30), 40 + n) for n in range(4)]
     prefix = module.Prefix(
