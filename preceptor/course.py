@@ -35,10 +35,6 @@ class Course:
         """(proxy, golden) of each checkpoint, means over the sequences."""
         return [(float(proxy.mean()), float(golden.mean())) for proxy, golden in zip(self.proxy, self.golden)]
 
-    def least(self) -> int:
-        """The place of the checkpoint with the least mean golden value."""
-        return min(range(len(self.steps)), key=lambda place: float(self.golden[place].mean()))
-
     def label(self) -> Label:
         """The reference label, of means over ``TOGETHER`` checkpoints in a row (see ``departure.reference_label``)."""
         golden, proxy = ([row.tolist() for row in rows] for rows in (self.golden, self.proxy))

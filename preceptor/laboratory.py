@@ -90,9 +90,12 @@ class Setup:
 
 @dataclass(frozen=True)
 class Laboratory:
-    """What stage one leaves. ``imperfection``: KL(oracle ‖ teacher) in nats a token; ``start``: the student then."""
+    """What stage one leaves. ``imperfection``: KL(oracle ‖ teacher) in nats a token; ``start``: the student then.
 
-    oracle: Author
+    ``oracle`` is None where it was not to be kept: what it says of its exam is in the exam.
+    """
+
+    oracle: Author | None
     teacher: Author
     start: LanguageModel
     prompts: list[Prompt]
@@ -101,8 +104,10 @@ class Laboratory:
     imperfection: Value
 
 
-def build(folder: Path, setup: Setup, *, resume: bool) -> Laboratory:
+def build(folder: Path, setup: Setup, *, resume: bool, keep_oracle: bool = True) -> Laboratory:
     """Stage one, or what is left of it in the folder.
+
+    An oracle that is not kept frees its memory, which may be most of all.
 
     Raises:
         UserError: a specification or size does not fit, two vocabularies differ, or the folder holds another laboratory
@@ -140,7 +145,8 @@ def build(folder: Path, setup: Setup, *, resume: bool) -> Laboratory:
             f"KL(oracle ‖ teacher) is {imperfection.mean:.1e} nats a token: such a teacher cannot be hacked.",
             stacklevel=2,
         )
-    return Laboratory(truth, teacher, student, prompts, exam, sit(teacher, proxy), imperfection)
+    kept = truth if keep_oracle else None
+    return Laboratory(kept, teacher, student, prompts, exam, sit(teacher, proxy), imperfection)
 
 
 def open_oracle(spec: str, data: Data, *, seed: int) -> tuple[Author, LanguageModel]:

@@ -42,6 +42,8 @@ larger Flan-T5), which do not fit ``LanguageModel``. Decoder-only counterparts o
 SmolLM2-1.7B-Instruct as oracle, 360M as teacher, 135M as student; and Reddit TL;DR, which our readers can read, for
 XSum, with 50,000 oracle pairs and 50,000 prompts of 4 answers. It was never run at that size.
 
+The loop is ``distil``; the file is long because what a pass reads, and what is seen at the end, are the method.
+
 Command: ``preceptor run teacher_hacking``
 """
 
@@ -268,6 +270,7 @@ def backwards(student: LanguageModel, laboratory: Laboratory, config: Config) ->
         torch.manual_seed(config.training.seed + 3)
         answers = LanguageAuthor(student, together=TOGETHER).answer(prompts, config.data.answer_length)
     own = [sequence for sequence in answers if any(sequence.response)]
+    assert laboratory.oracle is not None
     sides = {"reverse_golden": laboratory.oracle, "reverse_proxy": laboratory.teacher}
     return {name: mean_of(own_divergence(student, author, own).tolist()) for name, author in sides.items()}
 
@@ -279,7 +282,8 @@ def main(config: Config) -> Table | None:
         UserError: the folder holds another run, vocabularies differ, or a specification or size does not fit.
     """
     check_folder(Path(config.output), config, resume=config.resume)
-    laboratory = build(Path(config.output) / "laboratory", setup(config), resume=config.resume)
+    folder = Path(config.output) / "laboratory"
+    laboratory = build(folder, setup(config), resume=config.resume, keep_oracle=config.reverse)
     run = start(config, laboratory.start)
     course = distil(run, laboratory.start, laboratory, config)
     return conclude(laboratory, course, config) if run.is_main else None
@@ -316,10 +320,11 @@ def conclude(laboratory: Laboratory, course: Course, config: Config) -> Table:
     folder, student = Path(config.output), laboratory.start
     card = {"teacher": config.teacher, "student": config.student, "oracle": config.oracle, "method": "teacher_hacking"}
     student.save(folder / "student", card=card)
-    least, label, verdict = course.least(), course.label(), judge(course, config)
+    label, verdict = course.label(), judge(course, config)
+    least = course.steps.index(label.least)
     table = Table(f"{config.student} distilled from {config.teacher}, beside {config.oracle}", ["golden", "proxy"])
     columns = {"golden": (laboratory.golden, course.golden), "proxy": (laboratory.proxy, course.proxy)}
-    places = {"start": 0, f"least golden, step {course.steps[least]}": least, "end": -1}
+    places = {"start": 0, f"least golden, step {label.least}": least, "end": -1}
     for name, place in places.items():
         table.rows[name] = {column: mean_of(values[place].tolist()) for column, (_, values) in columns.items()}
         table.rows[name] |= {
