@@ -6,24 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from sharing_models import FAMILIES, gemma3, llama, made, maps, qwen3, some_ids
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    DynamicCache,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from preceptor.errors import UserError
 from preceptor.models import LanguageModel, load
@@ -31,64 +16,7 @@ from preceptor.sharing.blocks import Geometry, Shared, lead
 from preceptor.sharing.config import SharedAttentionConfig, leaders_of
 from preceptor.sharing.model import SharedAttentionForCausalLM, removed, share
 
-SMALL = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 12,
-    "max_position_embeddings": 512,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-LOCAL = ["sliding_attention"] * 4 + ["full_attention"] * 2
-
-
-def llama(**more: object) -> LlamaForCausalLM:
-    return LlamaForCausalLM(LlamaConfig(**{**SMALL, "attention_bias": True, **more}))
-
-
-def mistral() -> MistralForCausalLM:
-    return MistralForCausalLM(MistralConfig(**SMALL, sliding_window=7))
-
-
-def qwen2() -> Qwen2ForCausalLM:
-    return Qwen2ForCausalLM(Qwen2Config(**{k: v for k, v in SMALL.items() if k != "head_dim"}))
-
-
-def qwen3() -> Qwen3ForCausalLM:
-    return Qwen3ForCausalLM(Qwen3Config(**SMALL))
-
-
-def gemma3() -> Gemma3ForCausalLM:
-    return Gemma3ForCausalLM(Gemma3TextConfig(**SMALL, layer_types=LOCAL, sliding_window=7, query_pre_attn_scalar=9))
-
-
-FAMILIES = [llama, mistral, qwen2, qwen3, gemma3]
 EACH = pytest.mark.parametrize("make", FAMILIES, ids=lambda make: make.__name__)
-
-
-def made(make: object, seed: int = 0) -> PreTrainedModel:
-    torch.manual_seed(seed)
-    model = make().eval()  # type: ignore[operator]
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "embed" not in name:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
-
-
-def some_ids(rows: int = 2, length: int = 23) -> Tensor:
-    return torch.randint(3, 97, (rows, length), generator=torch.Generator().manual_seed(1))
-
-
-def maps(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, ...]:
-    eager = copy.deepcopy(model)
-    eager.set_attn_implementation("eager")
-    return eager(input_ids=ids, output_attentions=True).attentions
 
 
 # Unit test 1 of the card: nobody follows.
@@ -420,5 +348,7 @@ def test_what_cannot_share_is_refused() -> None:
         shared(input_ids=ids, past_key_values=made(llama)(input_ids=ids, use_cache=True).past_key_values)
     with pytest.raises(UserError, match="attention mask has shape"):
         shared(input_ids=ids, attention_mask=torch.zeros(2, 1, 23, 23))
+    with pytest.raises(ValueError, match="does not support"):
+        shared.gradient_checkpointing_enable()
     with pytest.raises(UserError, match="either input_ids or inputs_embeds"):
         shared()

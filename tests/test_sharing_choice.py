@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_sharing import FAMILIES, gemma3, llama, made, maps, some_ids
+from sharing_models import FAMILIES, gemma3, llama, made, maps, some_ids
 
 from preceptor.errors import UserError
 from preceptor.sharing.choice import block_ends, choose_followers, in_blocks, most_similar, shared_region

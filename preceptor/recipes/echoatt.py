@@ -332,7 +332,7 @@ def _examine(
         questions=[],
         title=f"{config.teacher} with {len(followers)} layers that share attention",
         command=f"preceptor run echoatt --config {folder / 'config.json'}",
-        answer_length=64,
+        answer_length=32,
     )
     print(f"The student: {folder / 'student'}")
     return table

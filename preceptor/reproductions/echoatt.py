@@ -8,19 +8,22 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from preceptor.data import Batch, Sequence, collate
 from preceptor.evaluation import Said as Answers, Table, ask, compare, evaluate_language, mean_of
 from preceptor.folder import write_whole
 from preceptor.knowledge import HiddenTargets
+from preceptor.lessons import Text, prepare
 from preceptor.models import LanguageModel, load
-from preceptor.passages import Passages, read_passages
+from preceptor.passages import read_passages
 from preceptor.recipes.echoatt import Config, Original, Said, compare_layers, share_layers, start, teach
-from preceptor.sharing.choice import block_ends, choose_followers
+from preceptor.sharing.choice import block_ends, most_similar
 from preceptor.training import Training
 
 COUNTS = (7, 12, 23)
@@ -28,7 +31,6 @@ DRAWS = 3
 
 # What each arm learns from: name -> (followers, share of the steps in stage 2, how far the targets of L_I are off)
 ARMS = {
-    "7 followers, distilled": (7, 0.2, 0),
     "12 followers, distilled": (12, 0.2, 0),
     "12 followers, text alone": (12, 1.0, 0),
     "23 followers, distilled": (23, 0.2, 0),
@@ -72,9 +74,9 @@ class RecitalOf:
     def __call__(self, batch: Batch) -> Said:
         """What the teacher said of a batch."""
         kept = [self.recital.kept[sequence] for sequence in batch.sequences()]
-        hidden = torch.stack([one.hidden for one in kept])
-        inner = [torch.stack([one.inner[layer] for one in kept]) for layer in self.layers]
-        likeliest = torch.stack([one.likeliest for one in kept])
+        hidden = pad_sequence([one.hidden for one in kept], batch_first=True)
+        inner = [pad_sequence([one.inner[layer] for one in kept], batch_first=True) for layer in self.layers]
+        likeliest = pad_sequence([one.likeliest for one in kept], batch_first=True, padding_value=-100)
         return Said(HiddenTargets(hidden, self.recital.head), likeliest, inner)
 
 
@@ -82,78 +84,56 @@ def reproduce(seeds: int, folder: Path, full: bool) -> Table:
     """Similar layers against random ones, distillation against text alone, and a control, on SmolLM2-135M-Instruct.
 
     Each seed has its own text, calibration text and random draws. All arms of a seed take as many steps on the same
-    pieces in the same order. ``full``: 8 times the text and the steps.
+    text in the same order. The text is what the teacher wrote to instructions, so that no arm gains by getting used to
+    another kind of text. ``full``: 8 times the text and the steps.
     """
     done = [_one_seed(seed, folder, 8 if full else 1) for seed in range(seeds)]
-    columns = ["before", "after", "KL before", "KL after", "parameters"]
+    columns = ["cross-entropy", "KL", "parameters"]
     table = Table("echoatt: SmolLM2-135M-Instruct with shared attention", columns)
-    table.units = {
-        "before": "nat/token",
-        "after": "nat/token",
-        "KL before": "nat/token",
-        "KL after": "nat/token",
-        "parameters": "fewer",
-    }
-    table.better = dict.fromkeys(columns[:4], "lower")
-    names = ["teacher", *(f"{count} random followers" for count in COUNTS), *ARMS]
-    for name in names:
-        cells = {column: [seed[name][column] for seed in done if column in seed[name]] for column in columns}
-        table.rows[name] = {column: mean_of(values) for column, values in cells.items() if values}
-        if values := cells["parameters"]:
-            table.rows[name]["parameters"] = int(values[0])
+    table.units = {"cross-entropy": "nat/token", "KL": "nat/token", "parameters": "fewer"}
+    table.better = {"cross-entropy": "lower", "KL": "lower"}
+    for name in (
+        "teacher",
+        *(f"{count} {kind} followers" for count in COUNTS for kind in ("similar", "random")),
+        *ARMS,
+    ):
+        found = {column: [seed[name][column] for seed in done if column in seed[name]] for column in columns}
+        table.rows[name] = {column: mean_of(values) for column, values in found.items() if values}
+        if fewer := found["parameters"]:
+            table.rows[name]["parameters"] = int(fewer[0])
+    perplexities = (
+        f"{name} {math.exp(mean_of([seed[name]['cross-entropy'] for seed in done]).mean):.1f}" for name in table.rows
+    )
     table.notes = [
-        "Cross-entropy to held-out text, and KL(teacher ‖ model) there; 'before' and 'after' training.",
+        "Held-out text: cross-entropy, and KL(teacher ‖ model). Similar and random followers: before training; the "
+        "arms start from the similar ones.",
         f"Random followers: the mean of {DRAWS} draws a seed. Mean ± standard error over {seeds} seeds.",
-        "Perplexities: " + "; ".join(f"{name} {_perplexity(done, name)}" for name in ("teacher", *ARMS)) + ".",
+        f"Perplexities: {'; '.join(perplexities)}.",
     ]
     _claim(table, done)
     return table
 
 
-def _perplexity(done: list[dict[str, dict[str, float]]], name: str) -> str:
-    found = [
-        math.exp(mean_of([seed[name][column] for seed in done]).mean)
-        for column in ("before", "after")
-        if column in done[0][name]
-    ]
-    return " → ".join(f"{value:.1f}" for value in found)
-
-
 def _claim(table: Table, done: list[dict[str, dict[str, float]]]) -> None:
-    def claim(text: str, ours: tuple[str, str], theirs: tuple[str, str]) -> None:
-        first, second = ([seed[arm][column] for seed in done] for arm, column in (ours, theirs))
+    def claim(text: str, ours: str, theirs: str, column: str = "cross-entropy") -> None:
+        first, second = ([seed[arm][column] for seed in done] for arm in (ours, theirs))
         table.claims.append(compare(first, second, text).claim)
 
     for count in COUNTS:
-        chosen, drawn = f"{count} followers, distilled", f"{count} random followers"
-        claim(
-            f"{count} similar followers cost less than random ones before training",
-            (chosen, "before"),
-            (drawn, "before"),
-        )
-    for count in COUNTS:
-        arm = f"{count} followers, distilled"
-        claim(f"Training heals much of what {count} followers break", (arm, "after"), (arm, "before"))
-        claim(f"... and the teacher stays better than {count} followers", ("teacher", "before"), (arm, "after"))
-    for few, more in ((7, 12), (12, 23)):
-        for column, words in (("before", "Sharing costs more"), ("after", "... and heals less")):
-            pair = ((f"{number} followers, distilled", column) for number in (few, more))
-            claim(f"{words} with {more} followers than with {few}", *pair)
+        chosen, drawn = (f"{count} {kind} followers" for kind in ("similar", "random"))
+        claim(f"Before training, {count} similar followers cost less than {count} random ones", chosen, drawn)
+    for few, more in zip(("teacher", *(f"{count} similar followers" for count in COUNTS)), (7, 12, 23)):
+        claim(f"Sharing costs more with {more} followers than with fewer", few, f"{more} similar followers")
     for count in (12, 23):
-        arms = f"{count} followers, distilled", f"{count} followers, text alone"
-        claim(
-            f"With {count} followers distillation beats text alone at equal tokens",
-            (arms[0], "after"),
-            (arms[1], "after"),
-        )
-        claim("... and comes closer to the teacher (KL)", (arms[0], "KL after"), (arms[1], "KL after"))
+        taught, alone = f"{count} followers, distilled", f"{count} followers, text alone"
+        claim(f"Distillation heals {count} followers", taught, f"{count} similar followers")
+        claim("... and the teacher stays better", "teacher", taught)
+        claim("... and it beats text alone at equal tokens", taught, alone)
+        claim("... also in KL to the teacher", taught, alone, "KL")
+    claim("The gap that is left is larger with 23 followers", "12 followers, distilled", "23 followers, distilled")
     wrong = "23 followers, L_I off by one"
-    claim(
-        "Targets of L_I from the layer below teach worse (control)",
-        ("23 followers, distilled", "after"),
-        (wrong, "after"),
-    )
-    claim("... also in KL", ("23 followers, distilled", "KL after"), (wrong, "KL after"))
+    claim("Targets of L_I from the layer below teach worse (control)", "23 followers, distilled", wrong)
+    claim("... also in KL", "23 followers, distilled", wrong, "KL")
 
 
 def _one_seed(seed: int, folder: Path, size: int) -> dict[str, dict[str, float]]:
@@ -163,66 +143,65 @@ def _one_seed(seed: int, folder: Path, size: int) -> dict[str, dict[str, float]]
     figures: dict[str, dict[str, float]] = json.loads(done.read_text()) if done.exists() else {}
     if figures.keys() >= ARMS.keys():
         return figures
-    steps, batch_size = 24 * size, 4
+    path.mkdir(parents=True, exist_ok=True)
+    steps, batch_size = 16 * size, 4
     training = Training(
         steps=steps,
         batch_size=batch_size,
-        learning_rate=3e-4,
+        learning_rate=2e-4,
         schedule="cosine",
         warmup=0.1,
         precision="bf16",
         seed=seed,
     )
-    text = Passages(held_out=10)
-    plain = Config(text=text, calibration=8, training=training, output=str(path))
+    plain = Config(calibration=8, training=training, output=str(path))
     teacher, exact = load("smollm2", dtype="bfloat16"), load("smollm2")
-    train, exam = read_passages(text, exact.tokenizer, seed=seed)
-    calibration, train = train[: plain.calibration], train[plain.calibration :][: steps * batch_size]
-    path.mkdir(parents=True, exist_ok=True)
-    chosen = {
-        count: choose_followers(f"similar={count}", 30, lambda: compare_layers(plain, exact, calibration))[0]
-        for count in COUNTS
-    }
-    answers = ask(exact, exam)
-
-    def keep(name: str, found: dict[str, float]) -> None:
-        figures[name] = figures.get(name, {}) | found
+    calibration, _ = read_passages(plain.text, exact.tokenizer, seed=seed)
+    similarity = compare_layers(plain, exact, calibration)
+    text = Text(limit=steps * batch_size, held_out=12, answer_length=128)
+    lessons = prepare(text, teacher, seed=seed, path=path / "lessons.jsonl")
+    chosen = {count: most_similar(similarity, count) for count in COUNTS}
+    for name, found in _before(exact, chosen, lessons.exam, seed, figures):
+        figures[name] = found
         write_whole(done, json.dumps(figures, indent=2))
-
-    if "teacher" not in figures:
-        keep("teacher", {"before": _measure(exact, answers, exam)["entropy"]})
-    for count in COUNTS:
-        name = f"{count} random followers"
-        if name not in figures:
-            draws = [random.Random(100 * seed + draw).sample(range(1, 30), count) for draw in range(DRAWS)]
-            found = [_measure(share_layers(exact, drawn, seed=0), answers, exam) for drawn in draws]
-            keep(name, {"before": _mean(found, "entropy"), "KL before": _mean(found, "KL")})
-    recital: Recital | None = None
+    answers = ask(exact, lessons.exam)
+    recital = Recital(teacher, [*lessons.train, *lessons.exam], tuple(range(30)))
     for name, (count, continued, off) in ARMS.items():
         if name in figures:
             continue
-        ends = block_ends(chosen[count])
-        if recital is None:
-            asked = {end + by for followers in chosen.values() for end in block_ends(followers) for by in (0, -1)}
-            recital = Recital(teacher, [*train, *exam], tuple(sorted(asked)))
-        config = replace(plain, continued=continued, output=str(path / name))
-        config = replace(config, resume=(path / name / "config.json").exists())
-        student = share_layers(exact, chosen[count], seed=seed)
-        fewer = sum(p.numel() for p in exact.parameters()) - sum(p.numel() for p in student.parameters())
-        before = _measure(student, answers, exam)
+        resume = (path / name / "config.json").exists()
+        config = replace(plain, continued=continued, output=str(path / name), resume=resume)
+        student, ends = share_layers(exact, chosen[count], seed=seed), block_ends(chosen[count])
         said = recital.of(tuple(end + off for end in ends))
-        teach(start(config, student, ends, exact), said, train, exam, student.pad_id, config)
-        after = _measure(student, answers, exam)
-        keep(name, {"before": before["entropy"], "KL before": before["KL"], "parameters": fewer})
-        keep(name, {"after": after["entropy"], "KL after": after["KL"]})
+        teach(start(config, student, ends, exact), said, lessons.train, lessons.exam, student.pad_id, config)
+        figures[name] = _measure(student, answers, lessons.exam)
+        write_whole(done, json.dumps(figures, indent=2))
     return figures
+
+
+def _before(
+    exact: LanguageModel,
+    chosen: dict[int, list[int]],
+    exam: list[Sequence],
+    seed: int,
+    known: dict[str, dict[str, float]],
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """The figures of the teacher, and of similar and random followers before training."""
+    answers = ask(exact, exam)
+    if "teacher" not in known:
+        yield "teacher", {"cross-entropy": _measure(exact, answers, exam)["cross-entropy"]}
+    for count, followers in chosen.items():
+        if f"{count} similar followers" not in known:
+            student = share_layers(exact, followers, seed=seed)
+            fewer = exact.causal.num_parameters() - student.causal.num_parameters()
+            yield f"{count} similar followers", {**_measure(student, answers, exam), "parameters": fewer}
+        if f"{count} random followers" not in known:
+            draws = [random.Random(100 * seed + draw).sample(range(1, 30), count) for draw in range(DRAWS)]
+            found = [_measure(share_layers(exact, drawn, seed=seed), answers, exam) for drawn in draws]
+            yield f"{count} random followers", {name: mean_of([one[name] for one in found]).mean for name in found[0]}
 
 
 def _measure(model: LanguageModel, answers: Answers, exam: list[Sequence]) -> dict[str, float]:
     measures = evaluate_language(model.eval(), answers, exam, speed=False)
     assert measures.kl is not None
-    return {"entropy": math.log(measures.perplexity.mean), "KL": measures.kl.mean}
-
-
-def _mean(found: list[dict[str, float]], name: str) -> float:
-    return math.fsum(one[name] for one in found) / len(found)
+    return {"cross-entropy": math.log(measures.perplexity.mean), "KL": measures.kl.mean}

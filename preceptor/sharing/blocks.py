@@ -58,7 +58,9 @@ class Geometry:
         least = torch.finfo(scores.dtype).min
         count, keys = span.last - span.first, span.high - span.low
         own = self.past + span.first - span.low
-        if keys - own > 1:
+        if count == 1:
+            scores[..., own + 1 :].fill_(least)
+        elif keys - own > 1:
             places = torch.arange(keys - own, device=scores.device)
             scores[..., own:].masked_fill_(places > places[:count, None], least)
         if self.window is None:

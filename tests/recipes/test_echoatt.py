@@ -11,6 +11,7 @@ from preceptor import cli
 from preceptor.data import Sequence, collate
 from preceptor.errors import UserError
 from preceptor.knowledge import HiddenTargets
+from preceptor.memory import memory_needed
 from preceptor.models import LanguageModel, load
 from preceptor.passages import Passages, read_passages
 from preceptor.recipes.echoatt import Config, Original, Said, distil, go_on, inner_distance, main, paper, start, teach
@@ -18,6 +19,7 @@ from preceptor.reproductions.echoatt import Recital
 from preceptor.sharing.choice import block_ends
 from preceptor.sharing.model import share
 from preceptor.sharing.observed import Observed
+from preceptor.student import make_student
 from preceptor.training import Training
 
 TRAINING = Training(steps=10, batch_size=4, learning_rate=3e-3, schedule="constant")
@@ -183,6 +185,26 @@ def test_the_student_on_disk_says_how_to_load_it(tokenizer, tmp_path):
     again = load(str(tmp_path / "student"))
     torch.testing.assert_close(again(batch), student(batch))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "student").config.followers == FOLLOWERS
+
+
+def test_any_recipe_for_language_models_can_teach_one(tokenizer):
+    teacher = teacher_of(tokenizer)
+    student = make_student("teacher:followers=2,4,5", teacher, seed=0)
+    assert student.causal.config.followers == FOLLOWERS
+    adapted = make_student("lora:rank=2", student, seed=0)
+    learning = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    assert any("layers.2.self_attn.v_proj" in name for name in learning)
+    assert not any("layers.2.self_attn.q_proj" in name for name in learning)
+    batch = collate(pieces(2), 0)
+    torch.testing.assert_close(adapted(batch), student(batch))
+    adapted(batch).square().sum().backward()
+    with pytest.raises(UserError, match="Layer 0 cannot follow"):
+        make_student("teacher:followers=0", teacher, seed=0)
+
+
+def test_the_doctor_counts_what_followers_lack():
+    need = memory_needed("smollm2", "teacher:followers=4,5,6", batch=1, length=64)
+    assert need.teacher - need.student == 3 * 442_368
 
 
 def test_pieces_of_text_have_one_length_and_the_exam_has_its_own(tokenizer):
