@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from preceptor.correction import Correction, correct
+from preceptor.correction import Correction, correct, differences
 from preceptor.data import collate, encode_prompt, make_prompts
 from preceptor.lessons import write_answers
 from preceptor.models import load
@@ -28,9 +28,8 @@ from preceptor.table import Table
 from preceptor.teacher import FrozenTeacher
 
 HERE = Path(__file__).parent
-ANEW, CUT, AGAIN, READ = (
-    "written anew from the prompt", "corrected, cache kept", "corrected, prefix read again", "both models read it",
-)  # fmt: skip
+ANEW, CUT, AGAIN = "written anew from the prompt", "corrected, cache kept", "corrected, prefix read again"
+READ, ON = "of which: both models read and are compared", "of which: going on from the cut cache"
 
 
 def measure(args: argparse.Namespace) -> tuple[Table, dict[str, list[float]]]:
@@ -49,16 +48,16 @@ def measure(args: argparse.Namespace) -> tuple[Table, dict[str, list[float]]]:
         kept = sum(places[0] for places in done.places if places)
         told["share"] = 1 - kept / sum(sum(one.response) for one, places in zip(raw, done.places) if places)
 
-    def read() -> None:
+    def compared() -> None:
         with torch.no_grad():
-            student.causal.base_model(input_ids=batch.input_ids, use_cache=True)
-            teacher(batch)
+            read = student.causal.base_model(input_ids=batch.input_ids, use_cache=True)
+            differences(read.last_hidden_state, student, teacher, batch)
 
     ways: dict[str, Callable[[], object]] = {
         ANEW: lambda: write_answers(student, prompts, args.length, max_length=longest),
         CUT: lambda: corrected(keep_cache=True),
         AGAIN: lambda: corrected(keep_cache=False),
-        READ: read,
+        READ: compared,
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(args.rounds + 1):
@@ -71,11 +70,13 @@ def measure(args: argparse.Namespace) -> tuple[Table, dict[str, list[float]]]:
             if turn:  # the first turn warms up
                 times[name].append(time.perf_counter() - begun)
     median = {name: statistics.median(values) for name, values in times.items()}
+    median[ON] = median[CUT] - median[READ]
     table = Table("semantic_revision: the cost of a correction", ["seconds", "of writing anew"], units={"seconds": "s"})
     table.rows = {name: {"seconds": value, "of writing anew": value / median[ANEW]} for name, value in median.items()}
     table.better = {"seconds": "lower", "of writing anew": "lower"}
     table.notes = [
-        f"{args.prompts} samples of at most {args.length} tokens, student {args.student} of smollm2, bfloat16, "
+        f"{args.prompts} samples of at most {args.length} tokens, a student of "
+        f"{student.causal.config.num_hidden_layers} layers of smollm2, bfloat16, "
         f"{torch.get_num_threads()} thread(s), {platform.machine()}; medians of {args.rounds} turns, interleaved.",
         f"{told['share']:.0%} of the samples' tokens lie after the corrected one and are written again.",
     ]
@@ -95,6 +96,7 @@ def main() -> None:
     if args.save:
         kept = {"table": table.json(), "seconds": times}
         (HERE / "semantic_revision_cost.json").write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+        (HERE / "semantic_revision_cost.md").write_text(table.markdown(), encoding="utf-8")
 
 
 if __name__ == "__main__":
