@@ -158,8 +158,10 @@ def _hacking(done: Sequence[dict[str, Any]]) -> list[Claim]:
     over = _over(done)
     zero = [0.0] * len(done)
     rises = compare(over(OFFLINE, "golden's rise"), zero, "Offline, golden ends above its least value", better="higher")
-    falls = compare(over(OFFLINE, "proxy's change"), zero, "... while the proxy goes on falling")
-    claims = [rises.claim, falls.claim]
+    # The paper calls it hacking when the proxy falls or stands still.
+    still = _not_higher(over(OFFLINE, "proxy's change"), zero, "... while the proxy does not rise")
+    falls = compare(over(OFFLINE, "proxy's change"), zero, "... and even falls")
+    claims = [rises.claim, still, falls.claim]
     for arm in (TEACHER_WRITES, STUDENT_WRITES):
         claims.append(
             _not_higher(over(arm, "golden's change"), zero, f"{arm[0].upper()}{arm[1:]}: golden does not rise")
