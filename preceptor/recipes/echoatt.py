@@ -25,7 +25,8 @@ Decided here, where the source is silent or not clear:
   compared after the final norm.
 * The paper prints L_S with the student first; ``direction`` turns it, and both directions of the held-out text are
   logged.
-* Both stages are one run under one learning-rate schedule; ``continued`` is the share of its steps in stage 2.
+* Both stages are one run under one learning-rate schedule; ``continued`` is the share of its steps in stage 2. The
+  rate is constant by default: one that falls to 0 leaves stage 2 little to learn with.
 * The followers' query and key norms and biases are left out too. The teacher's attention matrices are not a target.
 * Text is read in pieces of equal length without padding, so no term counts a padded token.
 
@@ -64,7 +65,7 @@ REQUIRES = "text"
 
 CHUNK_BYTES = 64 << 20  # of logits that are held while the teacher's likeliest tokens are found
 
-TRAINING = Training(steps=200, batch_size=4, learning_rate=3e-4, schedule="cosine", warmup=0.05, precision="bf16")
+TRAINING = Training(steps=200, batch_size=4, learning_rate=2e-4, schedule="constant", warmup=0.05, precision="bf16")
 
 
 @dataclass(frozen=True)

@@ -85,13 +85,14 @@ def reproduce(seeds: int, folder: Path, full: bool) -> Table:
 
     Each seed has its own text, calibration text and random draws. All arms of a seed take as many steps on the same
     text in the same order. The text is what the teacher wrote to instructions, so that no arm gains by getting used to
-    another kind of text. ``full``: 8 times the text and the steps.
+    another kind of text. The learning rate stays as it is after the warm-up, which was chosen on seed 101: with a rate
+    that falls to 0 during stage 2, distillation and text alone ended even. ``full``: 8 times the text and the steps.
     """
     done = [_one_seed(seed, folder, 8 if full else 1) for seed in range(seeds)]
-    columns = ["cross-entropy", "KL", "parameters"]
+    columns = ["cross-entropy", "KL", "agreement", "parameters"]
     table = Table("echoatt: SmolLM2-135M-Instruct with shared attention", columns)
-    table.units = {"cross-entropy": "nat/token", "KL": "nat/token", "parameters": "fewer"}
-    table.better = {"cross-entropy": "lower", "KL": "lower"}
+    table.units = {"cross-entropy": "nat/token", "KL": "nat/token", "agreement": "%", "parameters": "fewer"}
+    table.better = {"cross-entropy": "lower", "KL": "lower", "agreement": "higher"}
     for name in (
         "teacher",
         *(f"{count} {kind} followers" for count in COUNTS for kind in ("similar", "random")),
@@ -117,7 +118,7 @@ def reproduce(seeds: int, folder: Path, full: bool) -> Table:
 def _claim(table: Table, done: list[dict[str, dict[str, float]]]) -> None:
     def claim(text: str, ours: str, theirs: str, column: str = "cross-entropy") -> None:
         first, second = ([seed[arm][column] for seed in done] for arm in (ours, theirs))
-        table.claims.append(compare(first, second, text).claim)
+        table.claims.append(compare(first, second, text, better=table.better[column]).claim)
 
     for count in COUNTS:
         chosen, drawn = (f"{count} {kind} followers" for kind in ("similar", "random"))
@@ -130,6 +131,7 @@ def _claim(table: Table, done: list[dict[str, dict[str, float]]]) -> None:
         claim("... and the teacher stays better", "teacher", taught)
         claim("... and it beats text alone at equal tokens", taught, alone)
         claim("... also in KL to the teacher", taught, alone, "KL")
+        claim("... and in agreement with its likeliest token", taught, alone, "agreement")
     claim("The gap that is left is larger with 23 followers", "12 followers, distilled", "23 followers, distilled")
     wrong = "23 followers, L_I off by one"
     claim("Targets of L_I from the layer below teach worse (control)", "23 followers, distilled", wrong)
@@ -149,7 +151,7 @@ def _one_seed(seed: int, folder: Path, size: int) -> dict[str, dict[str, float]]
         steps=steps,
         batch_size=batch_size,
         learning_rate=2e-4,
-        schedule="cosine",
+        schedule="constant",
         warmup=0.1,
         precision="bf16",
         seed=seed,
@@ -204,4 +206,6 @@ def _before(
 def _measure(model: LanguageModel, answers: Answers, exam: list[Sequence]) -> dict[str, float]:
     measures = evaluate_language(model.eval(), answers, exam, speed=False)
     assert measures.kl is not None
-    return {"cross-entropy": math.log(measures.perplexity.mean), "KL": measures.kl.mean}
+    assert measures.agreement is not None
+    entropy = math.log(measures.perplexity.mean)
+    return {"cross-entropy": entropy, "KL": measures.kl.mean, "agreement": 100 * measures.agreement.mean}
