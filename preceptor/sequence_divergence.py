@@ -22,7 +22,7 @@ from preceptor.data import Batch, Sequence, collate
 from preceptor.errors import UserError
 from preceptor.knowledge import Head, HiddenTargets, LogitTargets, SoftTargets
 from preceptor.models import LanguageModel, in_evaluation, project
-from preceptor.teacher import moved
+from preceptor.teacher import moved, packed
 
 CHUNK_BYTES = 128 << 20  # of float64 matrices (rows, vocabulary) at a time; three of them are held
 
@@ -66,19 +66,6 @@ def own_divergence(
     """The other direction, Σ_t KL(student ‖ author) of each sequence (N,), which the student must have written."""
     exam = Exam(author, sequences, pad_id=student.pad_id, device=student.device, batch_size=batch_size)
     return torch.cat([_sums(student, batch, said, reverse=True) for batch, said in exam.parts])
-
-
-def packed(said: SoftTargets, batch: Batch) -> HiddenTargets | LogitTargets:
-    """Dense targets of the response rows alone, in the order of ``batch.predicts``.
-
-    Raises:
-        UserError: the targets are not dense.
-    """
-    if isinstance(said, HiddenTargets):
-        return HiddenTargets(said.hidden[batch.predicts], said.head) if said.hidden.dim() == 3 else said
-    if isinstance(said, LogitTargets):
-        return LogitTargets(said.logits[batch.predicts]) if said.logits.dim() == 3 else said
-    raise UserError(f"A divergence over the whole vocabulary needs dense targets, not {type(said).__name__}.")
 
 
 @torch.no_grad()

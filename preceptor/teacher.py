@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence as Listed
 from dataclasses import fields, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from preceptor.data import Batch, Sequence
 from preceptor.errors import UserError
 from preceptor.knowledge import Head, HiddenTargets, LogitTargets, SoftTargets
 from preceptor.models import LanguageModel, in_evaluation, project
+
+if TYPE_CHECKING:
+    from preceptor.training import Run
 
 CHUNK_BYTES = 64 << 20  # of float32 logits that an ensemble holds for one of its teachers
 
@@ -97,6 +100,36 @@ class CachedTeacher:
         """Packed rows in the order of ``batch.predicts``, on the batch's device."""
         targets = self.store.rows(batch.sequences())
         return moved(targets, batch.input_ids.device)
+
+
+class Recital:
+    """A teacher that remembers what it said of sequences that come again, and asks anew for the others.
+
+    What it says by now is held as packed rows: ``limit`` bytes of them, after which nothing more is remembered.
+    """
+
+    def __init__(self, teacher: Teacher, again: Listed[Sequence], *, limit: int = 1 << 30) -> None:
+        self.teacher, self.again, self.left = teacher, set(again), limit
+        self.kept: dict[Sequence, Tensor] = {}
+        self.head: Head | None = None
+
+    def __call__(self, batch: Batch) -> SoftTargets:
+        """Packed rows, in the order of ``batch.predicts``."""
+        sequences = batch.sequences()
+        if not all(sequence in self.kept for sequence in sequences):
+            said = packed(self.teacher(batch), batch)
+            self.head = said.head if isinstance(said, HiddenTargets) else None
+            rows = said.hidden if isinstance(said, HiddenTargets) else said.logits
+            self._keep(sequences, torch.split(rows, batch.predicts.sum(-1).tolist()))
+            return said
+        rows = torch.cat([self.kept[sequence] for sequence in sequences])
+        return LogitTargets(rows) if self.head is None else HiddenTargets(rows, self.head)
+
+    def _keep(self, sequences: list[Sequence], rows: tuple[Tensor, ...]) -> None:
+        for sequence, part in zip(sequences, rows):
+            if sequence in self.again and sequence not in self.kept and part.nbytes <= self.left:
+                self.kept[sequence] = part.clone()
+                self.left -= part.nbytes
 
 
 class MomentumTeacher:
@@ -177,6 +210,31 @@ class Ensemble:
             mean = _add(mean, teacher(batch), predicts, log_weight)
         assert mean is not None
         return LogitTargets(mean)
+
+
+def answer_online(run: Run, teacher: LanguageModel, student: LanguageModel, spec: str) -> AdapterOff | FrozenTeacher:
+    """Who answers at every step: the student's own base where its ``spec`` adapts the teacher itself, else the teacher.
+
+    The teacher lies in shards where the run's student does.
+    """
+    if student.adapted and "base=" not in spec:
+        return AdapterOff(student)
+    said = FrozenTeacher(teacher)
+    run.shard(teacher)
+    return said
+
+
+def packed(said: SoftTargets, batch: Batch) -> HiddenTargets | LogitTargets:
+    """Dense targets of the response rows alone, in the order of ``batch.predicts``.
+
+    Raises:
+        UserError: the targets are not dense.
+    """
+    if isinstance(said, HiddenTargets):
+        return HiddenTargets(said.hidden[batch.predicts], said.head) if said.hidden.dim() == 3 else said
+    if isinstance(said, LogitTargets):
+        return LogitTargets(said.logits[batch.predicts]) if said.logits.dim() == 3 else said
+    raise UserError(f"A divergence over the whole vocabulary needs dense targets, not {type(said).__name__}.")
 
 
 def moved(targets: SoftTargets, device: torch.device) -> SoftTargets:

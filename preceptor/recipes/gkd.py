@@ -58,7 +58,7 @@ from preceptor.models import LanguageModel, in_evaluation, load, same_tokenizer,
 from preceptor.objective import LABELS, Objective
 from preceptor.own_samples import OwnSamples, OwnShare
 from preceptor.student import make_student
-from preceptor.teacher import AdapterOff, CachedTeacher, FrozenTeacher, Teacher
+from preceptor.teacher import CachedTeacher, Teacher, answer_online
 from preceptor.training import Run, Training
 
 REQUIRES = "text"
@@ -238,11 +238,7 @@ def _listen(
                 f"`preceptor cache --data {Path(config.output) / 'lessons.jsonl'} --output {config.cache}`."
             )
         return CachedTeacher(cache.to(run.device))
-    if student.adapted and "base=" not in config.student:
-        return AdapterOff(student)
-    said = FrozenTeacher(teacher)
-    run.shard(teacher)
-    return said
+    return answer_online(run, teacher, student, config.student)
 
 
 def _whole(run: Run, student: LanguageModel, config: Config) -> LanguageModel:

@@ -59,7 +59,7 @@ from preceptor.models import LanguageModel, in_evaluation, load, same_tokenizer,
 from preceptor.own_samples import OwnSamples, OwnShare
 from preceptor.phrased import Lesson, Phrased, Reader
 from preceptor.student import make_student
-from preceptor.teacher import AdapterOff, FrozenTeacher, Teacher
+from preceptor.teacher import Teacher, answer_online
 from preceptor.training import Run, Training
 
 REQUIRES = "text"
@@ -352,11 +352,7 @@ def _listen(config: Config, run: Run, teacher: LanguageModel, student: LanguageM
     """Who answers: nobody, the student's own base, or the teacher itself."""
     if not config.weights.divergence and not config.weights.spans:
         return None
-    if student.adapted and "base=" not in config.student:
-        return AdapterOff(student)
-    said = FrozenTeacher(teacher)
-    run.shard(teacher)
-    return said
+    return answer_online(run, teacher, student, config.student)
 
 
 def _examine(config: Config, student: LanguageModel, lessons: Lessons) -> Table:

@@ -63,7 +63,7 @@ from preceptor.selection_pictures import draw_selection
 from preceptor.student import make_student
 from preceptor.tasks import Item
 from preceptor.tasks.math import Verifier
-from preceptor.teacher import AdapterOff, CachedTeacher, FrozenTeacher, Teacher
+from preceptor.teacher import CachedTeacher, Teacher, answer_online
 from preceptor.training import Run, Training
 
 REQUIRES = "text"
@@ -251,13 +251,9 @@ def lessons(config: Config, tried: Listed[Tried], teacher: LanguageModel) -> tup
 
 def listen(config: Config, run: Run, teacher: LanguageModel, student: LanguageModel, shown: list[Views]) -> Hinted:
     """Who answers for a hinted reply: a cache, the student's own base, or the teacher itself."""
-    said: Teacher
-    if config.cache:
-        said = _cached(config, run, teacher, shown)
-    elif student.adapted and "base=" not in config.student:
-        said = AdapterOff(student)
-    else:
-        said = FrozenTeacher(teacher)
+    said: Teacher = (
+        _cached(config, run, teacher, shown) if config.cache else answer_online(run, teacher, student, config.student)
+    )
     return Hinted(said, shown, student.pad_id)
 
 

@@ -49,30 +49,28 @@ Command: ``preceptor run teacher_hacking``
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Listed
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from preceptor.authors import Author, LanguageAuthor
 from preceptor.course import Course
 from preceptor.course_pictures import draw_law, draw_plane
-from preceptor.data import Batch, Sequence, collate
+from preceptor.data import Sequence, collate
 from preceptor.departure import Label, Verdict, Watch, constant_part, find_departure
 from preceptor.errors import UserError
 from preceptor.evaluation import Table, write_result
 from preceptor.folder import check_folder
-from preceptor.knowledge import Head, HiddenTargets, LogitTargets, SoftTargets
 from preceptor.laboratory import TOGETHER, Data, Laboratory, Setup, build, written
 from preceptor.models import LanguageModel, tokenizer_hash
 from preceptor.objective import Objective
 from preceptor.report import write_report
-from preceptor.sequence_divergence import own_divergence, packed
+from preceptor.sequence_divergence import own_divergence
 from preceptor.table import Value, mean_of, ratio_of
+from preceptor.teacher import Recital
 from preceptor.training import Run, Training
 
 REQUIRES = "text"
@@ -189,36 +187,6 @@ class Book:
         for place, ids in state["answers"].items():
             prompt = self.fixed[int(place)].prompt
             self.now[int(place)] = Sequence((*prompt, *ids), (False,) * len(prompt) + (True,) * len(ids))
-
-
-class Recital:
-    """A teacher that remembers what it said of sequences that come again, and asks anew for the others.
-
-    What it says by now is held as packed rows: ``limit`` bytes of them, after which nothing more is remembered.
-    """
-
-    def __init__(self, teacher: Author, again: Listed[Sequence], *, limit: int = 1 << 30) -> None:
-        self.teacher, self.again, self.left = teacher, set(again), limit
-        self.kept: dict[Sequence, Tensor] = {}
-        self.head: Head | None = None
-
-    def __call__(self, batch: Batch) -> SoftTargets:
-        """Packed rows, in the order of ``batch.predicts``."""
-        sequences = batch.sequences()
-        if not all(sequence in self.kept for sequence in sequences):
-            said = packed(self.teacher(batch), batch)
-            self.head = said.head if isinstance(said, HiddenTargets) else None
-            rows = said.hidden if isinstance(said, HiddenTargets) else said.logits
-            self._keep(sequences, torch.split(rows, batch.predicts.sum(-1).tolist()))
-            return said
-        rows = torch.cat([self.kept[sequence] for sequence in sequences])
-        return LogitTargets(rows) if self.head is None else HiddenTargets(rows, self.head)
-
-    def _keep(self, sequences: list[Sequence], rows: tuple[Tensor, ...]) -> None:
-        for sequence, part in zip(sequences, rows):
-            if sequence in self.again and sequence not in self.kept and part.nbytes <= self.left:
-                self.kept[sequence] = part.clone()
-                self.left -= part.nbytes
 
 
 def distil(run: Run, student: LanguageModel, laboratory: Laboratory, config: Config) -> Course:

@@ -29,7 +29,7 @@ from preceptor.objective import LABELS
 from preceptor.own_samples import OwnSamples
 from preceptor.recipes.gkd import Config, start, teach
 from preceptor.student import make_student
-from preceptor.teacher import FrozenTeacher, Teacher
+from preceptor.teacher import FrozenTeacher, Recital, Teacher, packed
 from preceptor.training import Training
 
 # What the reproduction compares: arm -> (where it starts, what it learns from)
@@ -43,18 +43,6 @@ ARMS = {
 }
 
 
-class Recital:
-    """A teacher that was asked once about each of its sequences, and repeats from memory what it said."""
-
-    def __init__(self, teacher: LanguageModel, sequences: list[Sequence]) -> None:
-        said = ask(teacher, sequences)
-        self.head, self.rows = said.head, dict(zip(sequences, said.rows, strict=True))
-
-    def __call__(self, batch: Batch) -> HiddenTargets:
-        """Packed rows, in the order of ``batch.predicts``."""
-        return HiddenTargets(torch.cat([self.rows[sequence] for sequence in batch.sequences()]), self.head)
-
-
 class Shuffled:
     """The control: what a teacher says at one position is handed out at another."""
 
@@ -63,7 +51,8 @@ class Shuffled:
 
     def __call__(self, batch: Batch) -> HiddenTargets:
         """The rows of the batch in random order."""
-        said = self.teacher(batch)
+        said = packed(self.teacher(batch), batch)
+        assert isinstance(said, HiddenTargets)
         return HiddenTargets(said.hidden[torch.randperm(len(said.hidden))], said.head)
 
 
@@ -112,7 +101,7 @@ def _one_seed(seed: int, folder: Path, size: int) -> dict[str, dict[str, float]]
     steps, text = 80 * size, Text(limit=320 * size, held_out=96, answer_length=48)
     teacher, exact = load("smollm2", dtype="bfloat16"), load("smollm2")
     lessons = prepare(text, teacher, seed=seed, path=path / "lessons.jsonl")
-    said, answers = Recital(teacher, lessons.train), ask(exact, lessons.exam)
+    said, answers = Recital(FrozenTeacher(teacher), lessons.train), ask(exact, lessons.exam)
     training = Training(
         steps=steps, batch_size=8, learning_rate=1e-3, schedule="linear", warmup=0.1, precision="bf16", seed=seed
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from preceptor.chunks import adjacent, phrases, token_spans
 from preceptor.correction import Correction, correct
-from preceptor.data import Batch, Sequence, collate
+from preceptor.data import Sequence, collate
 from preceptor.errors import UserError
 from preceptor.evaluation import Claim, Said, Table, ask, compare, evaluate_language, mean_of
 from preceptor.folder import write_whole
@@ -32,7 +32,7 @@ from preceptor.own_samples import OwnSamples
 from preceptor.phrased import Reader
 from preceptor.recipes.semantic_revision import Config, Weights, start, teach
 from preceptor.student import make_student
-from preceptor.teacher import FrozenTeacher, Teacher
+from preceptor.teacher import FrozenTeacher, Recital, Teacher
 from preceptor.training import Training
 
 PLAIN, NO_SPANS, SPANS = Clipping(mode="off"), Weights(spans=0.0), Weights(labels=0.0, divergence=0.0)
@@ -75,18 +75,6 @@ class Sizes:
     steps: int
     first_steps: int
     arms: tuple[str, ...]
-
-
-class Recital:
-    """A teacher that was asked once about each of its sequences, and repeats from memory what it said."""
-
-    def __init__(self, teacher: LanguageModel, sequences: list[Sequence]) -> None:
-        said = ask(teacher, sequences)
-        self.head, self.rows = said.head, dict(zip(sequences, said.rows, strict=True))
-
-    def __call__(self, batch: Batch) -> HiddenTargets:
-        """Packed rows, in the order of ``batch.predicts``."""
-        return HiddenTargets(torch.cat([self.rows[sequence] for sequence in batch.sequences()]), self.head)
 
 
 def reproduce(seeds: int, folder: Path, full: bool) -> Table:
@@ -219,7 +207,7 @@ def _one_seed(seed: int, path: Path, sizes: Sizes) -> dict[str, Any]:
     if "samples" not in figures:
         prompts = [sequence.prompt for sequence in lessons.exam]
         keep("samples", _corrections(load(begun), teacher, prompts, sizes.text.answer_length, seed))
-    recital = Recital(teacher, lessons.train)
+    recital = Recital(FrozenTeacher(teacher), lessons.train)
     if "clipping" not in figures:
         keep("clipping", _clipping(load(begun), recital, lessons, seed))
     plain = replace(first, student=begun, weights=Weights(), own=OwnSamples())

@@ -16,8 +16,8 @@ from preceptor.models import LanguageModel, load
 from preceptor.objective import Objective
 from preceptor.own_samples import OwnSamples
 from preceptor.recipes.gkd import Config, main, teach
-from preceptor.reproductions.gkd import Recital, Shuffled
-from preceptor.teacher import FrozenTeacher
+from preceptor.reproductions.gkd import Shuffled
+from preceptor.teacher import FrozenTeacher, Recital
 from preceptor.training import Run, Training
 
 TRAINING = Training(steps=12, batch_size=4, learning_rate=3e-3, schedule="constant")
@@ -134,7 +134,7 @@ def test_the_adaptive_schedule_sees_the_held_out_loss(tmp_path, tokenizer):
 
 def test_a_recital_repeats_the_teacher_and_the_control_does_not(tokenizer):
     teacher, told = small(tokenizer, 2), sequences(6)
-    recital, batch = Recital(teacher, told), collate(told[2:5], pad_id=2)
+    recital, batch = Recital(FrozenTeacher(teacher), told), collate(told[2:5], pad_id=2)
     live: HiddenTargets = FrozenTeacher(teacher)(batch)
     assert torch.allclose(recital(batch).hidden, live.hidden[batch.predicts], atol=1e-5)
     torch.manual_seed(0)

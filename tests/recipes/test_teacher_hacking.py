@@ -17,9 +17,10 @@ from preceptor.laboratory import build
 from preceptor.memory import memory_needed
 from preceptor.models import LanguageModel, load
 from preceptor.recipes import teacher_hacking as recipe
-from preceptor.recipes.teacher_hacking import Book, Config, Recital, distil, main, paper, setup, start, tiny, told
+from preceptor.recipes.teacher_hacking import Book, Config, distil, main, paper, setup, start, tiny, told
 from preceptor.reproductions.teacher_hacking import CONTROL, FIFTH, HALF, OFFLINE, arms
 from preceptor.student import make_student
+from preceptor.teacher import Recital
 
 
 def taught(tmp_path, name, **changes):
