@@ -9,16 +9,10 @@ from preceptor import chunks
 from preceptor.chunks import adjacent, chunker, pairs, phrases, plain_phrases, token_characters, token_spans
 from preceptor.data import Sequence
 from preceptor.errors import UserError
-from preceptor.models import load
 from preceptor.phrased import Reader
 
 FOX = "The quick brown fox jumped over the lazy dog, and it doesn't care."
 needs_textblob = pytest.mark.skipif(importlib.util.find_spec("textblob") is None, reason="needs preceptor[phrases]")
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load("smollm2", dtype="bfloat16").tokenizer
 
 
 def words(spans, text):

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from preceptor import checkpoint, cli
 from preceptor.models import load
+from tests.small_llama import small_llama
 
 QUICK = ["--training.steps", "2", "--training.batch-size", "2", "--text.held-out", "2", "--student", "teacher:layers=1"]
 
@@ -23,7 +24,7 @@ QUICK = ["--training.steps", "2", "--training.batch-size", "2", "--text.held-out
 def small(tmp_path_factory) -> str:
     """A folder with a small causal model that speaks SmolLM2's tokens."""
     folder = tmp_path_factory.mktemp("small")
-    _llama(rows=49152).save_pretrained(folder)
+    small_llama(0, vocab_size=49152, tie_word_embeddings=False).save_pretrained(folder)
     load("smollm2", dtype="bfloat16").tokenizer.save_pretrained(folder)
     return str(folder)
 
@@ -36,22 +37,6 @@ def data(tmp_path) -> str:
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
-
-
-def _llama(rows):
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=rows,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-    )
 
 
 def gkd(small, data, output, *more):
@@ -82,7 +67,7 @@ def test_another_tokenizer(capsys, small, data, tmp_path):
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     other = tmp_path / "other"
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="word0", eos_token="word2").save_pretrained(other)
-    _llama(rows=64).save_pretrained(other)
+    small_llama(0, vocab_size=64, tie_word_embeddings=False).save_pretrained(other)
     told = refused(capsys, gkd(small, data, tmp_path / "run", "--student", str(other)), r"tokenizers differ.*id 0")
     assert "choose a student" in told
     assert not (tmp_path / "run").exists()
@@ -90,7 +75,7 @@ def test_another_tokenizer(capsys, small, data, tmp_path):
 
 def test_a_padded_vocabulary_is_sliced_with_a_word(small, data, tmp_path):
     padded = tmp_path / "padded"
-    _llama(rows=49200).save_pretrained(padded)
+    small_llama(0, vocab_size=49200, tie_word_embeddings=False).save_pretrained(padded)
     load("smollm2", dtype="bfloat16").tokenizer.save_pretrained(padded)
     with pytest.warns(UserWarning, match="sliced to the 49152 ids"):
         assert cli.main(gkd(small, data, tmp_path / "run", "--student", str(padded))) == 0
@@ -184,7 +169,7 @@ def test_no_permission(capsys, small, data, tmp_path, monkeypatch):
 
 def test_a_pickle_offered_as_weights(capsys, small, data, tmp_path):
     folder = tmp_path / "pickled"
-    model = _llama(rows=49152)
+    model = small_llama(0, vocab_size=49152, tie_word_embeddings=False)
     model.config.save_pretrained(folder)
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
     told = refused(capsys, gkd(str(folder), data, tmp_path / "run"), "pickle")

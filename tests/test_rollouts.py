@@ -8,43 +8,27 @@ from random import Random
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from preceptor import rollouts as module
 from preceptor.decoding import grouped, quick_decoding
 from preceptor.errors import UserError
 from preceptor.generation import Sampling, left_pad
 from preceptor.hints import Prompts
-from preceptor.models import LanguageModel, load
+from preceptor.models import LanguageModel
 from preceptor.rollouts import Rollout, Tried, interval, pair, roll_out, statistics, write
 from preceptor.selection import Rolling, collect, enough, statistics_table, write_statistics
 from preceptor.selection_pictures import draw_selection
 from preceptor.tasks import Item
 from preceptor.tasks.math import Verdict, by_value
+from tests.small_llama import small_llama
 
 PLAIN = Prompts(system="Add.", hint="{question} {right} {wrong}", forbidden=("told",))
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return load("smollm2", dtype="bfloat16").tokenizer
-
-
-@pytest.fixture(scope="module")
 def small(tokenizer):
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        eos_token_id=2,
-        bos_token_id=1,
-        tie_word_embeddings=True,
-    )
-    return LanguageModel(LlamaForCausalLM(config), tokenizer).eval()
+    model = small_llama(3, num_attention_heads=4, num_key_value_heads=2)
+    return LanguageModel(model, tokenizer).eval()
 
 
 def rollout(answer, correct=False):

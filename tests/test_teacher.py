@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,12 +8,13 @@ from torch import nn
 from transformers import LlamaConfig
 
 from preceptor import teacher as teachers
-from preceptor.data import sequence_key
+from preceptor.authors import answered, symbol_model
+from preceptor.data import collate, sequence_key
 from preceptor.errors import UserError
 from preceptor.knowledge import HiddenTargets, LogitTargets, SampledTargets, TopKTargets
 from preceptor.models import project
 from preceptor.student import make_student
-from preceptor.teacher import AdapterOff, CachedTeacher, Ensemble, FrozenTeacher, MomentumTeacher
+from preceptor.teacher import AdapterOff, CachedTeacher, Ensemble, FrozenTeacher, MomentumTeacher, Recital
 
 
 def probabilities(targets, batch):
@@ -181,3 +183,33 @@ def test_a_momentum_teacher_is_taken_up_again_from_its_state():
     again = MomentumTeacher(tiny(LlamaConfig(**WIDTHS, num_hidden_layers=1, tie_word_embeddings=True), seed=9), 0.5)
     again.load_state_dict(read(write(teacher.state_dict())))
     assert torch.equal(again(batch_of(6)).hidden, teacher(batch_of(6)).hidden)
+
+
+@pytest.mark.parametrize("limit", [1 << 20, 300, 0])
+def test_a_recital_says_what_the_teacher_says(limit):
+    model = symbol_model(8, longest=8, seed=0)
+    asked = []
+
+    def teacher(batch):
+        asked.append(len(batch))
+        hidden = model(batch).detach()
+        return HiddenTargets(hidden, replace(model.head, weight=model.head.weight.detach()))
+
+    again = [answered((1, 2), (3, place)) for place in range(6)]
+    recital, other = Recital(teacher, again, limit=limit), answered((7, 7), (7, 7))
+    for _ in range(3):
+        batch = collate([*again[:3], other], 0)
+        assert torch.allclose(recital(batch).hidden, model(batch)[batch.predicts], atol=1e-6)
+        batch = collate(again[2:5], 0)
+        assert torch.allclose(recital(batch).hidden, model(batch)[batch.predicts], atol=1e-6)
+    assert asked == ([4, 3, 4, 4] if limit == 1 << 20 else [4, 3] * 3)
+
+
+def test_a_recital_of_exact_probabilities():
+    rows = torch.randn(4, 5)
+    again = [answered((1,), (2, 3)), answered((2,), (2, 3))]
+    recital = Recital(lambda batch: LogitTargets(rows), again)
+    batch = collate(again, 0)
+    assert torch.equal(recital(batch).logits, rows)
+    swapped = collate(again[::-1], 0)
+    assert torch.equal(recital(swapped).logits, rows[[2, 3, 0, 1]])

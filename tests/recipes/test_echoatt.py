@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from preceptor import cli
 from preceptor.data import Sequence, collate
@@ -21,29 +21,14 @@ from preceptor.sharing.model import share
 from preceptor.sharing.observed import Observed
 from preceptor.student import make_student
 from preceptor.training import Training
+from tests.small_llama import small_llama
 
 TRAINING = Training(steps=10, batch_size=4, learning_rate=3e-3, schedule="constant")
 FOLLOWERS = [2, 4, 5]
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load("smollm2", dtype="bfloat16").tokenizer
-
-
 def teacher_of(tokenizer, layers=6):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        initializer_range=0.3,
-        tie_word_embeddings=True,
-    )
-    return LanguageModel(LlamaForCausalLM(config), tokenizer).eval()
+    return LanguageModel(small_llama(0, layers, initializer_range=0.3), tokenizer).eval()
 
 
 def student_of(teacher):

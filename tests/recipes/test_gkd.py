@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from preceptor import cli
 from preceptor.data import Sequence, collate
@@ -19,29 +18,13 @@ from preceptor.recipes.gkd import Config, main, teach
 from preceptor.reproductions.gkd import Shuffled
 from preceptor.teacher import FrozenTeacher, Recital
 from preceptor.training import Run, Training
+from tests.small_llama import small_llama
 
 TRAINING = Training(steps=12, batch_size=4, learning_rate=3e-3, schedule="constant")
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load("smollm2", dtype="bfloat16").tokenizer
-
-
 def small(tokenizer, seed, layers=2):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        eos_token_id=2,
-        bos_token_id=1,
-        tie_word_embeddings=True,
-    )
-    return LanguageModel(LlamaForCausalLM(config), tokenizer)
+    return LanguageModel(small_llama(seed, layers), tokenizer)
 
 
 def sequences(count, seed=0):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from preceptor.chunks import plain_phrases
 from preceptor.correction import Correction
@@ -16,37 +16,21 @@ from preceptor.knowledge import LogitTargets
 from preceptor.lessons import Lessons, Text
 from preceptor.losses.clipped import Clipping
 from preceptor.memory import memory_needed
-from preceptor.models import LanguageModel, load
+from preceptor.models import LanguageModel
 from preceptor.own_samples import OwnSamples
 from preceptor.phrased import Reader
 from preceptor.recipes.semantic_revision import TRAINING, Config, Weights, main, paper, start, teach, terms
 from preceptor.teacher import FrozenTeacher
 from preceptor.training import Training
+from tests.small_llama import small_llama
 
 SHORT = Training(steps=6, batch_size=4, learning_rate=3e-3, schedule="constant")
 TEXT = Text(answer_length=6, max_length=24)
 OFF = Clipping(mode="off")
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load("smollm2", dtype="bfloat16").tokenizer
-
-
 def small(tokenizer, seed, layers=2):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        eos_token_id=2,
-        bos_token_id=1,
-        tie_word_embeddings=True,
-    )
-    return LanguageModel(LlamaForCausalLM(config), tokenizer)
+    return LanguageModel(small_llama(seed, layers), tokenizer)
 
 
 def sequences(tokenizer, count=12):

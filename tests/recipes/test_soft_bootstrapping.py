@@ -15,7 +15,7 @@ from preceptor.evaluation import TAUGHT, UNTAUGHT
 from preceptor.hints import Hinted, Prompts, Views, fitted, views
 from preceptor.knowledge import Head, HiddenTargets, LogitTargets
 from preceptor.memory import memory_needed
-from preceptor.models import LanguageModel, load
+from preceptor.models import LanguageModel
 from preceptor.objective import Objective
 from preceptor.questions import Questions, draw
 from preceptor.recipes.soft_bootstrapping import SHORT, Config, bootstrap, main, paper, to_write
@@ -40,11 +40,6 @@ SIZES = {
 }
 PROMPTS = Prompts(system="Add.", hint="{question}\nWrong: {wrong}\nRight: {right}")
 OBJECTIVE = Objective(temperature=2.0)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load("smollm2", dtype="bfloat16").tokenizer
 
 
 @pytest.fixture(scope="module")

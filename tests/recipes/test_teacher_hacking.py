@@ -8,11 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from preceptor import cli
-from preceptor.authors import answered, symbol_model
-from preceptor.data import collate
+from preceptor.authors import answered
 from preceptor.departure import Label
 from preceptor.errors import UserError
-from preceptor.knowledge import HiddenTargets, LogitTargets
 from preceptor.laboratory import build
 from preceptor.memory import memory_needed
 from preceptor.models import LanguageModel, load
@@ -20,7 +18,6 @@ from preceptor.recipes import teacher_hacking as recipe
 from preceptor.recipes.teacher_hacking import Book, Config, distil, main, paper, setup, start, tiny, told
 from preceptor.reproductions.teacher_hacking import CONTROL, FIFTH, HALF, OFFLINE, arms
 from preceptor.student import make_student
-from preceptor.teacher import Recital
 
 
 def taught(tmp_path, name, **changes):
@@ -93,36 +90,6 @@ def test_an_open_book_comes_back():
     assert again.now == book.now
     again.turn(4, writer, 3)
     assert writer.calls == 1
-
-
-@pytest.mark.parametrize("limit", [1 << 20, 300, 0])
-def test_a_recital_says_what_the_teacher_says(limit):
-    model = symbol_model(8, longest=8, seed=0)
-    asked = []
-
-    def teacher(batch):
-        asked.append(len(batch))
-        hidden = model(batch).detach()
-        return HiddenTargets(hidden, replace(model.head, weight=model.head.weight.detach()))
-
-    again = [answered((1, 2), (3, place)) for place in range(6)]
-    recital, other = Recital(teacher, again, limit=limit), answered((7, 7), (7, 7))
-    for _ in range(3):
-        batch = collate([*again[:3], other], 0)
-        assert torch.allclose(recital(batch).hidden, model(batch)[batch.predicts], atol=1e-6)
-        batch = collate(again[2:5], 0)
-        assert torch.allclose(recital(batch).hidden, model(batch)[batch.predicts], atol=1e-6)
-    assert asked == ([4, 3, 4, 4] if limit == 1 << 20 else [4, 3] * 3)
-
-
-def test_a_recital_of_exact_probabilities():
-    rows = torch.randn(4, 5)
-    again = [answered((1,), (2, 3)), answered((2,), (2, 3))]
-    recital = Recital(lambda batch: LogitTargets(rows), again)
-    batch = collate(again, 0)
-    assert torch.equal(recital(batch).logits, rows)
-    swapped = collate(again[::-1], 0)
-    assert torch.equal(recital(swapped).logits, rows[[2, 3, 0, 1]])
 
 
 @pytest.mark.filterwarnings("ignore:KL")
