@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from preceptor.errors import UserError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -68,3 +70,29 @@ class SampledTargets:
 
 
 SoftTargets = HiddenTargets | LogitTargets | TopKTargets | SampledTargets
+
+
+def rows_of(said: SoftTargets, mask: Tensor) -> HiddenTargets | LogitTargets:
+    """Dense targets of the positions that a boolean mask selects, in row-major order; those that are packed stay.
+
+    Raises:
+        UserError: the targets are not dense, or speak about other positions.
+    """
+    if isinstance(said, HiddenTargets):
+        values = said.hidden
+    elif isinstance(said, LogitTargets):
+        values = said.logits
+    else:
+        raise UserError(
+            f"This needs dense targets, the teacher's whole distribution, not {type(said).__name__}: ask the teacher "
+            "itself, or keep its hidden states."
+        )
+    rows = int(mask.sum())
+    if values.shape[:-1] == mask.shape:
+        values = values[mask]
+    elif values.shape[:-1] != (rows,):
+        raise UserError(
+            f"The teacher speaks about positions of shape {tuple(values.shape[:-1])} and the mask has "
+            f"{tuple(mask.shape)}, of which {rows} are selected; give the teacher's targets for the same text."
+        )
+    return HiddenTargets(values, said.head) if isinstance(said, HiddenTargets) else LogitTargets(values)

@@ -20,9 +20,9 @@ from torch import Tensor
 from preceptor.authors import Author
 from preceptor.data import Batch, Sequence, collate
 from preceptor.errors import UserError
-from preceptor.knowledge import Head, HiddenTargets, LogitTargets, SoftTargets
+from preceptor.knowledge import Head, HiddenTargets, LogitTargets, SoftTargets, rows_of
 from preceptor.models import LanguageModel, in_evaluation, project
-from preceptor.teacher import moved, packed
+from preceptor.teacher import moved
 
 CHUNK_BYTES = 128 << 20  # of float64 matrices (rows, vocabulary) at a time; three of them are held
 
@@ -53,7 +53,7 @@ class Exam:
         self.parts: list[tuple[Batch, SoftTargets]] = []
         for start in range(0, len(sequences), batch_size):
             batch = collate(sequences[start : start + batch_size], pad_id).to(device)
-            self.parts.append((batch, moved(packed(author(batch), batch), device)))
+            self.parts.append((batch, moved(rows_of(author(batch), batch.predicts), device)))
 
     def divergence(self, student: LanguageModel) -> Tensor:
         """Σ_t KL(author ‖ student) of each sequence, in nats: (N,) float64."""

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from preceptor.data import Batch, Sequence
 from preceptor.errors import UserError
-from preceptor.knowledge import Head, HiddenTargets, LogitTargets, SoftTargets
+from preceptor.knowledge import Head, HiddenTargets, LogitTargets, SoftTargets, rows_of
 from preceptor.models import LanguageModel, in_evaluation, project
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class Recital:
         """Packed rows, in the order of ``batch.predicts``."""
         sequences = batch.sequences()
         if not all(sequence in self.kept for sequence in sequences):
-            said = packed(self.teacher(batch), batch)
+            said = rows_of(self.teacher(batch), batch.predicts)
             self.head = said.head if isinstance(said, HiddenTargets) else None
             rows = said.hidden if isinstance(said, HiddenTargets) else said.logits
             self._keep(sequences, torch.split(rows, batch.predicts.sum(-1).tolist()))
@@ -222,19 +222,6 @@ def answer_online(run: Run, teacher: LanguageModel, student: LanguageModel, spec
     said = FrozenTeacher(teacher)
     run.shard(teacher)
     return said
-
-
-def packed(said: SoftTargets, batch: Batch) -> HiddenTargets | LogitTargets:
-    """Dense targets of the response rows alone, in the order of ``batch.predicts``.
-
-    Raises:
-        UserError: the targets are not dense.
-    """
-    if isinstance(said, HiddenTargets):
-        return HiddenTargets(said.hidden[batch.predicts], said.head) if said.hidden.dim() == 3 else said
-    if isinstance(said, LogitTargets):
-        return LogitTargets(said.logits[batch.predicts]) if said.logits.dim() == 3 else said
-    raise UserError(f"A divergence over the whole vocabulary needs dense targets, not {type(said).__name__}.")
 
 
 def moved(targets: SoftTargets, device: torch.device) -> SoftTargets:

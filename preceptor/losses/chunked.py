@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from preceptor.errors import UserError
-from preceptor.knowledge import Head, HiddenTargets, LogitTargets, SoftTargets
+from preceptor.knowledge import Head, HiddenTargets, LogitTargets, SoftTargets, rows_of
 from preceptor.losses.products import add_weight_gradient, hidden_gradient, logits_into
 from preceptor.losses.rows import Logits, row_log_probs
 
@@ -35,28 +35,16 @@ def packed(
     """
     if mask.shape != hidden.shape[:-1]:
         raise UserError(f"The mask has shape {tuple(mask.shape)} and the positions {tuple(hidden.shape[:-1])}.")
-    rows = int(mask.sum())
-    if isinstance(teacher, HiddenTargets):
-        said, size = teacher.hidden, teacher.head.weight.shape[0]
-    elif isinstance(teacher, LogitTargets):
-        said, size = teacher.logits, teacher.logits.shape[-1]
-    else:
-        raise UserError(f"Clipping and spans need the teacher's whole distribution, not {type(teacher).__name__}.")
+    said = rows_of(teacher, mask)
+    size = len(said.head.weight) if isinstance(said, HiddenTargets) else said.logits.shape[-1]
     if size != head.weight.shape[0]:
         raise UserError(
             f"The teacher's vocabulary has {size} entries and the student's {head.weight.shape[0]}; use models that "
             "share a tokenizer."
         )
-    if said.shape[:-1] == mask.shape:
-        said = said[mask]
-    elif said.shape[:-1] != (rows,):
-        raise UserError(
-            f"The teacher speaks about positions of shape {tuple(said.shape[:-1])} and the student has "
-            f"{tuple(mask.shape)}, of which {rows} are selected; give the teacher's targets for the same text."
-        )
-    said = said.detach()
-    kept = HiddenTargets(said, teacher.head) if isinstance(teacher, HiddenTargets) else LogitTargets(said)
-    return hidden[mask], kept
+    if isinstance(said, HiddenTargets):
+        return hidden[mask], HiddenTargets(said.hidden.detach(), said.head)
+    return hidden[mask], LogitTargets(said.logits.detach())
 
 
 def says(teacher: HiddenTargets | LogitTargets, rows: slice, product: torch.dtype) -> Tensor:

@@ -22,14 +22,14 @@ from preceptor.evaluation import (
     mean_of,
 )
 from preceptor.folder import write_whole
-from preceptor.knowledge import HiddenTargets
+from preceptor.knowledge import HiddenTargets, rows_of
 from preceptor.lessons import Text, prepare
 from preceptor.models import LanguageModel, load
 from preceptor.objective import LABELS
 from preceptor.own_samples import OwnSamples
 from preceptor.recipes.gkd import Config, start, teach
 from preceptor.student import make_student
-from preceptor.teacher import FrozenTeacher, Recital, Teacher, packed
+from preceptor.teacher import FrozenTeacher, Recital, Teacher
 from preceptor.training import Training
 
 # What the reproduction compares: arm -> (where it starts, what it learns from)
@@ -51,7 +51,7 @@ class Shuffled:
 
     def __call__(self, batch: Batch) -> HiddenTargets:
         """The rows of the batch in random order."""
-        said = packed(self.teacher(batch), batch)
+        said = rows_of(self.teacher(batch), batch.predicts)
         assert isinstance(said, HiddenTargets)
         return HiddenTargets(said.hidden[torch.randperm(len(said.hidden))], said.head)
 
