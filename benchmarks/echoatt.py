@@ -9,6 +9,10 @@ sharing itself brings.
 * write: 8 tokens one by one with the cache, after a prompt (of a batch, each row the same).
 * train: forward, cross-entropy over all positions, backward, AdamW; bfloat16 is autocast over float32 weights.
 
+``limit`` is what leaving out the followers' queries and keys can bring at most, whoever implements it: the unshared
+model's multiplications over the shared one's, causal attention counted once (read, train), or its bytes of weights and
+cache (write). A ratio to sdpa above it is the implementation's; eager does more than the unshared model must.
+
     python benchmarks/echoatt.py [--quick] [--rounds 5] [--save] [--only read write train] [--dtypes float32 bfloat16]
 
 What is saved is added to what was saved before, so that the parts can be run apart.
@@ -57,7 +61,7 @@ def main() -> None:
     for dtype in options.dtypes:
         for kind in options.only:
             for name, prepare in _cases(kind, dtype, options):
-                found[name] = _take_turns(prepare, rounds)
+                found[name] = {**_take_turns(prepare, rounds), "limit": _limit(name)}
                 print(name, _line(found[name]), flush=True)
                 if options.save:
                     path.write_text(json.dumps(found, indent=1) + "\n")
@@ -123,18 +127,19 @@ def _writing(models: dict[str, PreTrainedModel], ids: Tensor) -> dict[str, Calla
 
 
 def _training(models: dict[str, PreTrainedModel], ids: Tensor, *, autocast: bool) -> dict[str, Callable[[], object]]:
-    def step(model: PreTrainedModel) -> object:
-        model.train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+    optimizers = {arm: torch.optim.AdamW(model.parameters(), lr=0.0, fused=True) for arm, model in models.items()}
+
+    def step(arm: str) -> object:
+        model, optimizer = models[arm].train(), optimizers[arm]
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
             loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
         loss.backward()
         optimizer.step()
-        model.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         return loss.item()
 
-    return {arm: lambda model=model: step(model) for arm, model in models.items()}
+    return {arm: lambda arm=arm: step(arm) for arm in models}
 
 
 def _take_turns(prepare: Callable[[], dict[str, Callable[[], object]]], rounds: int) -> dict[str, float]:
@@ -155,9 +160,30 @@ def _timed(run: Callable[[], object]) -> float:
     return 1e3 * (time.process_time() - begun)
 
 
+def _limit(name: str) -> float:
+    """How many times the work of the shared model the unshared one has to do; ``name`` as the cases are called."""
+    dtype, kind, *size = name.replace(" after", "").split()
+    batch, length = (int(size[0]), int(size[-1])) if len(size) > 1 else (1, int(size[0]))
+    config = load("smollm2").causal.config
+    width, keys = config.hidden_size, config.num_key_value_heads * config.head_dim
+    weights = {"head": config.vocab_size * width, "qk": width * (width + keys)}
+    weights["rest"] = weights["qk"] + 3 * width * config.intermediate_size  # values and outputs are as large
+    reads = {"train": length, "read": 1, "write": 1}[kind]
+
+    def work(layers_with_queries: int) -> float:
+        matrices = config.num_hidden_layers * weights["rest"] + layers_with_queries * weights["qk"]
+        attended = config.num_hidden_layers + layers_with_queries  # products with the values, and with the keys
+        if kind == "write":
+            size_of = torch.finfo(getattr(torch, dtype)).bits // 8
+            return size_of * (matrices + weights["head"] + batch * length * keys * attended)
+        return length * matrices + reads * weights["head"] + length * length / 2 * width * attended
+
+    return work(config.num_hidden_layers) / work(config.num_hidden_layers - len(FOLLOWERS))
+
+
 def _line(times: dict[str, float]) -> str:
     ratios = (f"{arm}/shared {times[arm] / times['shared']:.2f}" for arm in ARMS[1:])
-    return f"shared {times['shared']:.1f} ms; " + ", ".join(ratios)
+    return f"shared {times['shared']:.1f} ms; {', '.join(ratios)}; limit {times['limit']:.2f}"
 
 
 def _table(found: dict[str, dict[str, float]]) -> str:
@@ -167,12 +193,12 @@ def _table(found: dict[str, dict[str, float]]) -> str:
         f"`python benchmarks/echoatt.py --save`; {platform.machine()}, one thread, torch {torch.__version__}. "
         "CPU milliseconds (read: a prompt; write: 8 tokens; train: a step); of the others how many times as long.",
         "",
-        "| | shared, ms | sdpa | eager | ours, unshared |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        "| | shared, ms | sdpa | eager | ours, unshared | limit |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, times in found.items():
         ratios = " | ".join(f"{times[arm] / times['shared']:.2f}" for arm in ARMS[1:])
-        lines.append(f"| {name} | {times['shared']:,.0f} | {ratios} |")
+        lines.append(f"| {name} | {times['shared']:,.0f} | {ratios} | {times['limit']:.2f} |")
     return "\n".join(lines) + "\n"
 
 
