@@ -24,6 +24,7 @@ from preceptor.settings import Training
 
 FEWEST = 6  # checkpoints that a fit needs
 IN_A_ROW = 3
+NEEDED = FEWEST + IN_A_ROW  # checkpoints that a verdict needs
 INSUFFICIENT = "insufficient data"
 
 
@@ -53,6 +54,7 @@ class Watch:
 class Verdict:
     """What was found: the law's exponent a, its c and the R² of the fit, and the step from which the run departs.
 
+    ``above``: of a run that departs, on which side of its law the first departing checkpoint lies.
     ``rising``: the proxy ends above its least value by more than the fit's own scatter, which is overfitting.
     ``fitted`` and ``judged``: how many checkpoints were. ``reason`` is ``"insufficient data: ..."`` when there is no
     verdict (the other fields are None then), else empty.
@@ -62,6 +64,7 @@ class Verdict:
     intercept: float | None = None
     r_squared: float | None = None
     flagged: int | None = None
+    above: bool = False
     rising: bool = False
     fitted: int = 0
     judged: int = 0
@@ -89,7 +92,8 @@ class Verdict:
         law = f"C · step^(-{self.exponent:.3g}) (R² {self.r_squared:.3f} over {self.fitted} checkpoints)"
         if self.flagged is not None:
             rising = " It rises, on held-out prompts: the student overfits." if self.rising else ""
-            return f"The proxy leaves its power law {law} from step {self.flagged} on.{rising}"
+            side = "above" if self.above else "below"
+            return f"The proxy leaves its power law {law} from step {self.flagged} on, and lies {side} it.{rising}"
         return f"The proxy keeps to its power law {law} in the {self.judged} after them."
 
 
@@ -134,6 +138,13 @@ def constant_part(points: Sequence[tuple[int, float]], training: Training, total
     return [(step, value) for step, value in points if step > warm]
 
 
+def readable(training: Training, total: int) -> int:
+    """How many evaluations of a run of ``total`` steps a watch reads; ``NEEDED`` of them are enough for a verdict."""
+    every = training.evaluate_every
+    steps = {*range(every, total + 1, every), total} if every else set[int]()
+    return len(constant_part([(step, 1.0) for step in sorted(steps)], training, total))
+
+
 def law_r_squared(points: Sequence[tuple[int, float]]) -> float | None:
     """R² of one power law through all points; None where they are fewer than 6 or one is not positive."""
     if _insufficient(points, FEWEST):
@@ -152,12 +163,14 @@ def find_departure(points: Sequence[tuple[int, float]], watch: Watch = Watch()) 
         A `Verdict`; "insufficient data" with fewer than 6 points to fit and 3 to judge, or a value that is not a
         positive finite number.
     """
-    if why := _insufficient(points, FEWEST + IN_A_ROW):
+    if why := _insufficient(points, NEEDED):
         return Verdict(reason=f"{INSUFFICIENT}: {why}")
     size = min(max(FEWEST, round(watch.window * len(points))), len(points) - IN_A_ROW)
     line = _fit(points[:size])
     rising = _rise([value for _, value in points]) > watch.residual * line.deviation
-    verdict = Verdict(-line.slope, line.intercept, line.r_squared, None, rising, size, len(points) - size)
+    verdict = Verdict(
+        -line.slope, line.intercept, line.r_squared, rising=rising, fitted=size, judged=len(points) - size
+    )
     run = 0
     for place, (step, value) in enumerate(points[size:], size):
         x, gap = math.log(step), math.log(value) - line.intercept - line.slope * math.log(step)
@@ -165,7 +178,8 @@ def find_departure(points: Sequence[tuple[int, float]], watch: Watch = Watch()) 
         # A fit without any residual at all would flag the rounding of exact numbers.
         run = run + 1 if far or abs(gap) > max(watch.residual * line.error(x), 1e-9) else 0
         if run == IN_A_ROW:
-            return replace(verdict, flagged=points[place - IN_A_ROW + 1][0])
+            left, first = points[place - IN_A_ROW + 1]
+            return replace(verdict, flagged=left, above=first > verdict.expected(left))
     return verdict
 
 
@@ -199,21 +213,27 @@ class Watcher:
     def __init__(self, training: Training, watch: Watch = Watch()) -> None:
         self.training, self.watch = training, watch
         self.points: list[tuple[int, float]] = []
-        self.verdict = find_departure([])
+        self.total = 0
+
+    @property
+    def verdict(self) -> Verdict:
+        """What is to be said of the checkpoints so far."""
+        return find_departure(constant_part(self.points, self.training, self.total), self.watch)
 
     def see(self, step: int, proxy: float, *, total: int) -> Verdict:
         """Take one checkpoint of a run of ``total`` steps, and judge the run so far."""
         self.points.append((step, proxy))
-        self.verdict = find_departure(constant_part(self.points, self.training, total), self.watch)
+        self.total = total
         return self.verdict
 
     def state_dict(self) -> dict[str, Any]:
-        """The checkpoints seen."""
-        return {"points": [list(point) for point in self.points]}
+        """The checkpoints seen, and the steps of the whole run."""
+        return {"points": [list(point) for point in self.points], "total": self.total}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what ``state_dict`` gave."""
         self.points = [(int(step), float(proxy)) for step, proxy in state["points"]]
+        self.total = state["total"]
 
 
 @dataclass(frozen=True)

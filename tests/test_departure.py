@@ -6,12 +6,15 @@ import random
 import pytest
 
 from preceptor.departure import (
+    NEEDED,
     Verdict,
     Watch,
+    Watcher,
     constant_part,
     find_departure,
     fit_line,
     law_r_squared,
+    readable,
     reference_label,
 )
 from preceptor.errors import UserError
@@ -135,7 +138,30 @@ def test_only_the_constant_part_is_read():
 def test_a_verdict_says_itself_in_a_sentence():
     assert str(Verdict(reason="insufficient data: 2 checkpoints")) == "No verdict: insufficient data: 2 checkpoints."
     assert "keeps" in str(find_departure(law(20)))
-    assert "leaves" in str(find_departure(bent(law(20), 10, 1.5)))
+    assert "from step 110 on, and lies above it" in str(find_departure(bent(law(20), 10, 1.5)))
+    assert "from step 110 on, and lies below it" in str(find_departure(bent(law(20), 10, 0.7)))
+
+
+def test_a_watch_that_is_taken_up_again_has_its_verdict():
+    training = Training(schedule="constant", warmup=0.1)
+    watcher, again = Watcher(training), Watcher(training)
+    for step, proxy in bent(law(20), 12, 1.5):
+        watcher.see(step, proxy, total=200)
+    again.load_state_dict(watcher.state_dict())
+    assert watcher.verdict.flagged is not None
+    assert again.verdict == watcher.verdict
+
+
+@pytest.mark.parametrize(
+    ("settings", "total", "count"),
+    [({}, 90, 9), ({}, 89, 9), ({}, 80, 8), ({"warmup": 0.5}, 90, 5), ({"warmup": 30.0}, 90, 6)],
+)
+def test_the_checkpoints_that_a_run_will_have_are_counted(settings, total, count):
+    training = Training(schedule="constant", evaluate_every=10, **settings)
+    assert readable(training, total) == count
+    points = [(step, step**-0.5) for step in {*range(10, total, 10), total}]
+    enough = find_departure(constant_part(sorted(points), training, total)).sufficient
+    assert enough == (count >= NEEDED)
 
 
 @pytest.mark.parametrize("settings", [{"window": 0.0}, {"window": 1.0}, {"residual": 0.0}, {"relative": -0.1}])
