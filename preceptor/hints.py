@@ -7,6 +7,7 @@ each reply to the student who reads it from the bare question.
 from __future__ import annotations
 
 import re
+import unicodedata
 import warnings
 from collections.abc import Mapping, Sequence as Listed
 from dataclasses import dataclass
@@ -32,10 +33,13 @@ HINT = (
     "result of the right attempt at the end in \\boxed{{}}."
 )
 TELLTALES = (
-    "attempt", "the wrong solution", "the right solution", "the incorrect solution", "the correct solution",
+    "attempt", "attempts", "the wrong solution", "the right solution", "the incorrect solution", "the correct solution",
     "i was shown", "i was given", "you provided", "provided solution", "the hint",
 )  # fmt: skip
 RUN = 5  # words of the hint in a row that give it away
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"  # Thai to Khmer, kana, Han
+_LETTER = rf"(?:(?![{_UNSPACED}])[^\W_])"
+_WORD = re.compile(rf"[{_UNSPACED}]|{_LETTER}+(?:'{_LETTER}+)*")
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,8 @@ class Prompts:
     hint_shots: tuple[str, ...] = ()
     """Worked examples of the hint in use, for the teacher in place of ``shots``; empty: those."""
     forbidden: tuple[str, ...] = TELLTALES
-    """Phrases that give the hint away: a reply with one is not kept, nor one with five words of the hint in a row."""
+    """Phrases of whole words that give the hint away: a reply with one is not kept, nor one with five words of the hint
+    in a row. What the question says too gives nothing away."""
     template: bool = True
     """The student learns under the chat template; off: system prompt and question as plain text, as the authors do."""
     end_of_turn: bool = True
@@ -98,15 +103,19 @@ class Prompts:
         text = self.hint.format(question=tried.item.instruction, right=right, wrong=wrong)
         return encode_prompt(self.chat(text, self.hint_shots or self.shots), tokenizer)
 
-    def leak(self, reply: str) -> str | None:
-        """What in a reply gives away that its writer was shown attempts; None where nothing does."""
-        said = " ".join(_words(reply))
-        for phrase in self.forbidden:
-            if " ".join(_words(phrase)) in said:
-                return phrase
+    def leak(self, reply: str, question: str = "") -> str | None:
+        """What in a reply gives away that its writer was shown attempts; None where nothing does.
+
+        Words are compared without regard to case; what stands in the question is left out.
+        """
+        said, asked = (f" {' '.join(_words(text))} " for text in (reply, question))
         literal = re.split(r"\{question\}|\{right\}|\{wrong\}", self.hint)
         runs = [run for part in literal for run in _runs(_words(part))]
-        return next((run for run in runs if run in said), None)
+        for phrase in (*self.forbidden, *runs):
+            words = " ".join(_words(phrase))
+            if words and f" {words} " in said and f" {words} " not in asked:
+                return phrase
+        return None
 
 
 @dataclass(frozen=True)
@@ -201,7 +210,8 @@ def _reply(sequence: Sequence) -> tuple[int, ...]:
 
 
 def _words(text: str) -> list[str]:
-    return re.findall(r"[a-z0-9']+", text.lower())
+    """The words of a text in any script; where no spaces part words, each letter is one."""
+    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
 def _runs(words: list[str]) -> list[str]:

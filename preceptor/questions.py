@@ -121,6 +121,8 @@ def read_file(path: Path) -> tuple[Item, ...]:
 
 
 def _sum(questions: Questions, skill: str, stream: random.Random) -> Item:
-    numbers = [stream.randint(questions.smallest, questions.largest) for _ in range(questions.terms)]
+    """A sum in the one order that its numbers decide: 3 + 5 and 5 + 3 would be one question twice."""
+    numbers = sorted(stream.randint(questions.smallest, questions.largest) for _ in range(questions.terms))
+    random.Random(str(numbers)).shuffle(numbers)
     added = " + ".join(map(str, numbers))
     return Item("", "math", skill, "", f"What is {added}?", f"{sum(numbers)}", work=f"{added} = {sum(numbers)}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence as Listed
@@ -55,10 +56,10 @@ class Rolling:
         """Refuse what can give no pair."""
         if self.copies < 2:
             raise UserError(f"rolling.copies is {self.copies}: a right and a wrong rollout need at least 2.")
-        if self.temperature <= 0:
+        if not 0 < self.temperature < math.inf:
             raise UserError(
-                f"rolling.temperature is {self.temperature}: all rollouts of a question would be the same; choose one "
-                "above 0."
+                f"rolling.temperature is {self.temperature}: rollouts that differ, and mean something, need a number "
+                "above 0; choose 0.8, for example."
             )
         for name, size in (("round", self.round), ("batch_size", self.batch_size), ("length", self.length)):
             if size < 1:
@@ -169,11 +170,9 @@ def _try(
     asked = [prompts.show(one, model.tokenizer) for one in mixed]
     sampling = rolling.sampling(rolling.hint_temperature)
     replies = write(model, asked, sampling, batch_size=rolling.batch_size) if asked else []
-    judge = {
-        one.item.id: _settled(one, judged(one.item, ids, model, verify), model.stop_ids, prompts)
-        for one, ids in zip(mixed, replies)
-    }
-    return [judge.get(one.item.id, one) for one in tried]
+    answers = (judged(one.item, ids, model, verify) for one, ids in zip(mixed, replies))
+    settled = iter([_settled(one, answer, model.stop_ids, prompts) for one, answer in zip(mixed, answers)])
+    return [next(settled) if one.outcome == "kept" else one for one in tried]  # by place: ids may be equal
 
 
 def _paired(item: Item, rollouts: tuple[Rollout, ...], seed: int) -> Tried:
@@ -191,7 +190,7 @@ def _settled(one: Tried, reply: Rollout, stop: frozenset[int], prompts: Prompts)
         outcome = "hint failed" if ended else "hint unfinished"
     elif not ended:
         outcome = "hint unfinished"
-    elif prompts.leak(reply.text) is not None:
+    elif prompts.leak(reply.text, one.item.instruction) is not None:
         outcome = "hint leaked"
     return dataclasses.replace(one, outcome=outcome, reply=reply)
 

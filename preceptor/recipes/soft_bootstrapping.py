@@ -193,8 +193,7 @@ def bootstrap(config: Config, items: Listed[Item], exam: Listed[Item], verify: V
     """
     folder = Path(config.output)
     check_folder(folder, config, resume=config.resume)
-    teacher = load(config.teacher, dtype=config.dtype)
-    student = make_student(config.student, teacher, seed=config.training.seed)
+    teacher, student = load(config.teacher, dtype=config.dtype), unlearned(config)
     same_tokenizer(teacher, student)
     run = start(config, student)
     with run.accelerator.main_process_first():
@@ -207,10 +206,11 @@ def bootstrap(config: Config, items: Listed[Item], exam: Listed[Item], verify: V
     train, held = lessons(config, tried, teacher)
     said = listen(config, run, teacher, student, [*train, *held]) if config.objective.weight else None
     replies = [one.student for one in held]
-    before = held_out_loss(unlearned(config, teacher) if run.step else run.student, said, replies, config)
+    with run.accelerator.autocast():  # made anew, so that a run that goes on tells the same
+        before = held_out_loss(unlearned(config).to(run.device), said, replies, config)
     teach(run, said, [one.student for one in train], replies, config, pad_id=student.pad_id)
     after = held_out_loss(run.student, said, replies, config)
-    return examine(config, teacher, student, tried, exam, verify, losses=(before, after)) if run.is_main else None
+    return examine(config, student, tried, exam, verify, losses=(before, after)) if run.is_main else None
 
 
 def start(config: Config, student: LanguageModel) -> Run:
@@ -274,11 +274,9 @@ def _cached(config: Config, run: Run, teacher: LanguageModel, shown: list[Views]
     return CachedTeacher(kept.to(run.device))
 
 
-def unlearned(config: Config, teacher: LanguageModel) -> LanguageModel:
-    """The student before it learned anything; on its own base, that is what the teacher is."""
-    if config.student.startswith("lora:") and "base=" not in config.student:
-        return teacher
-    return make_student(config.student, teacher, seed=config.training.seed).to(teacher.device)
+def unlearned(config: Config) -> LanguageModel:
+    """The student before it learned anything: of the teacher's weights as they lie, which ``dtype`` does not round."""
+    return make_student(config.student, load(config.teacher), seed=config.training.seed)
 
 
 def solve(model: LanguageModel, items: Listed[Item], config: Config, verify: Verifier) -> list[Rollout]:
@@ -293,12 +291,14 @@ def to_write(student: LanguageModel, dtype: str) -> LanguageModel:
     precision: torch.dtype = getattr(torch, dtype)
     if next(student.parameters()).dtype == precision:
         return student
-    return copy.deepcopy(student).to(precision).eval()
+    copied = copy.deepcopy(student).eval()
+    for parameter in copied.parameters():  # not buffers: rounded rotary frequencies turn far positions elsewhere
+        parameter.data = parameter.data.to(precision)
+    return copied
 
 
 def examine(
     config: Config,
-    teacher: LanguageModel,
     student: LanguageModel,
     tried: Listed[Tried],
     exam: Listed[Item],
@@ -310,7 +310,7 @@ def examine(
     folder = Path(config.output)
     card = {"teacher": config.teacher, "student": config.student, "method": "soft_bootstrapping"}
     student.save(folder / "student", card={**card, "objective": config.objective})
-    models = {UNTAUGHT: unlearned(config, teacher), TAUGHT: student}
+    models = {UNTAUGHT: unlearned(config).to(student.device), TAUGHT: student}
     told = {name: solve(to_write(model, config.dtype), exam, config, verify) for name, model in models.items()}
     table = result(config, told, losses, tried)
     shown = [
