@@ -6,9 +6,14 @@ The text is a file, a folder or a data set, as ``readers.read`` takes it, or wha
 from __future__ import annotations
 
 import random
+from array import array
+from collections.abc import Iterator, Sequence as Listed
 from dataclasses import dataclass
-from itertools import groupby
-from typing import Any
+from itertools import groupby, islice
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 from preceptor.data import Sequence, encode
 from preceptor.errors import UserError
@@ -16,6 +21,7 @@ from preceptor.readers import read
 from preceptor.sentences import embedded_sentences
 
 EMBEDDED = "sentences"
+TOGETHER = 1000  # documents whose ids are held apart at a time
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,29 @@ class Passages:
             )
 
 
-def read_passages(text: Passages, tokenizer: Any, *, seed: int) -> tuple[list[Sequence], list[Sequence]]:
+class Pieces(Listed[Sequence]):
+    """Pieces of text, (N, T) ids of 4 bytes each: a `Sequence` is made of one when it is asked for."""
+
+    def __init__(self, ids: NDArray[np.int32]) -> None:
+        self.ids = ids
+        self._response = (False,) + (True,) * (ids.shape[1] - 1)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @overload
+    def __getitem__(self, place: int) -> Sequence: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> Pieces: ...
+
+    def __getitem__(self, place: int | slice) -> Sequence | Pieces:
+        if isinstance(place, slice):
+            return Pieces(self.ids[place])
+        return Sequence(tuple(self.ids[place].tolist()), self._response)
+
+
+def read_passages(text: Passages, tokenizer: Any, *, seed: int) -> tuple[Pieces, list[Sequence]]:
     """Pieces of exactly ``text.length`` tokens, to learn from and held out; all tokens but the first are predicted.
 
     Documents follow each other with an end-of-sequence token between them and are cut wherever a piece is full; the
@@ -49,24 +77,27 @@ def read_passages(text: Passages, tokenizer: Any, *, seed: int) -> tuple[list[Se
         UserError: there is no text, or it is too short for the held-out pieces and one more.
     """
     end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-    ids = [token for document in _documents(text, tokenizer) for token in (*document, *end)]
-    pieces = [
-        Sequence(tuple(ids[start : start + text.length]), (False,) + (True,) * (text.length - 1))
-        for start in range(0, len(ids) - text.length + 1, text.length)
-    ]
-    if len(pieces) <= text.held_out:
+    ids = array("i")
+    for document in _documents(text, tokenizer):
+        ids.extend((*document, *end))
+    count = len(ids) // text.length
+    if count <= text.held_out:
         raise UserError(
-            f"{text.source} has {len(ids)} tokens, which are {len(pieces)} pieces of {text.length}, and "
+            f"{text.source} has {len(ids)} tokens, which are {count} pieces of {text.length}, and "
             f"{text.held_out} are held out: give more text, shorter pieces, or hold out fewer."
         )
-    random.Random(seed).shuffle(pieces)
-    return pieces[text.held_out :], pieces[: text.held_out]
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    pieces = Pieces(np.frombuffer(ids, np.int32)[: count * text.length].reshape(count, text.length)[order])
+    return pieces[text.held_out :], list(pieces[: text.held_out])
 
 
-def _documents(text: Passages, tokenizer: Any) -> list[tuple[int, ...]]:
+def _documents(text: Passages, tokenizer: Any) -> Iterator[tuple[int, ...]]:
     if text.source != EMBEDDED:
-        examples = encode(read(text.source, limit=text.limit), tokenizer, max_length=1 << 30)
-        return [sequence.ids for sequence in examples]
+        examples = iter(read(text.source, limit=text.limit))
+        while some := list(islice(examples, TOGETHER)):
+            yield from (sequence.ids for sequence in encode(some, tokenizer, max_length=1 << 30))
+        return
     grouped = groupby(embedded_sentences(), key=lambda sentence: sentence.source)
     written = [" ".join(sentence.text for sentence in sentences) for _, sentences in grouped][: text.limit]
-    return [tuple(ids) for ids in tokenizer(written, add_special_tokens=False)["input_ids"]]
+    yield from (tuple(ids) for ids in tokenizer(written, add_special_tokens=False)["input_ids"])

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from preceptor import embedded
 from preceptor.errors import UserError
 from preceptor.models import LanguageModel, load
+from preceptor.sharing.config import SharedAttentionConfig
 from preceptor.sharing.model import share
 
 FORMS = (
@@ -50,7 +51,7 @@ def make_student(spec: str, teacher: LanguageModel, *, seed: int) -> LanguageMod
     kind, _, rest = spec.partition(":")
     with _seeded(seed):
         if re.fullmatch(r"teacher:followers=\d+(,\d+)*", spec):
-            student = _sharing(teacher, [int(layer) for layer in rest.partition("=")[2].split(",")])
+            student = sharing(teacher, [int(layer) for layer in rest.partition("=")[2].split(",")])
         elif kind == "teacher":
             student = _pruned(teacher, _layers(rest, spec, teacher))
         elif kind == "fresh":
@@ -114,6 +115,7 @@ def _plain(teacher: LanguageModel) -> PreTrainedModel:
 
 def _pruned(teacher: LanguageModel, keep: tuple[int, ...]) -> LanguageModel:
     source = _plain(teacher)
+    _check_unshared(source.config)
     path = _stack(source)
     config = _with_layers(source.config, keep)
     state = dict(_renamed(source.state_dict(), path, {old: new for new, old in enumerate(keep)}))
@@ -123,10 +125,23 @@ def _pruned(teacher: LanguageModel, keep: tuple[int, ...]) -> LanguageModel:
     return LanguageModel(model, copy.deepcopy(teacher.tokenizer))
 
 
-def _sharing(teacher: LanguageModel, followers: list[int]) -> LanguageModel:
+def sharing(teacher: LanguageModel, followers: list[int]) -> LanguageModel:
+    """The teacher, in float32 and in training mode, where these layers share attention (``preceptor.sharing``).
+
+    Raises:
+        UserError: the architecture is not supported, or the followers do not fit it.
+    """
     with embedded.without_progress_bars():
         model = share(_plain(teacher), followers)
-    return LanguageModel(model.to(torch.float32), copy.deepcopy(teacher.tokenizer))  # type: ignore[arg-type]
+    return LanguageModel(model.to(torch.float32), copy.deepcopy(teacher.tokenizer)).train()  # type: ignore[arg-type]
+
+
+def _check_unshared(config: Any) -> None:
+    if config.model_type == SharedAttentionConfig.model_type:
+        raise UserError(
+            "The layers of a model with shared attention do not stand alone, so that none can be left out: choose "
+            "layers of the model that it was made of, and let those share."
+        )
 
 
 def _stack(model: PreTrainedModel) -> str:
@@ -165,6 +180,7 @@ def _with_layers(config: Any, keep: tuple[int, ...]) -> Any:
 
 def _fresh(teacher: LanguageModel, settings: dict[str, str]) -> LanguageModel:
     source = teacher.causal
+    _check_unshared(source.config)
     text = source.config.get_text_config()
     count = _whole(settings.get("layers", str(text.num_hidden_layers)), "layers")
     config = _with_layers(source.config, tuple(range(count)))

@@ -352,3 +352,51 @@ def test_what_cannot_share_is_refused() -> None:
         shared.gradient_checkpointing_enable()
     with pytest.raises(UserError, match="either input_ids or inputs_embeds"):
         shared()
+
+
+def test_peft_trainer_and_tuples_find_the_door_they_know() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    shared, ids = share(made(llama), (2, 3)), some_ids()
+    logits = shared(input_ids=ids).logits
+    adapted = get_peft_model(
+        share(made(llama), (2, 3)), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+    told = adapted(input_ids=ids, labels=ids)
+    torch.testing.assert_close(told.logits, logits)
+    told.loss.backward()
+    whole = shared(input_ids=ids, labels=ids).loss
+    # As Trainer has it under accumulation: the sum over this many items.
+    part = shared(input_ids=ids, labels=ids, num_items_in_batch=4 * ids[:, 1:].numel()).loss
+    torch.testing.assert_close(4 * part, whole)
+    assert torch.equal(shared(input_ids=ids, return_dict=False)[0], logits)
+    with pytest.raises(UserError, match="output_attentions"):
+        shared(input_ids=ids, output_attentions=True)
+
+
+@torch.no_grad()
+def test_a_caller_may_go_on_with_the_cache_that_it_gave() -> None:
+    shared, ids, own = share(made(llama), (2, 3)).eval(), some_ids(), DynamicCache()
+    wanted = shared(input_ids=ids).logits
+    shared(input_ids=ids[:, :-3], past_key_values=own)
+    torch.testing.assert_close(shared(input_ids=ids[:, -3:], past_key_values=own).logits, wanted[:, -3:])
+    torch.testing.assert_close(shared(input_ids=ids, past_key_values=DynamicCache()).logits, wanted)
+
+
+@torch.no_grad()
+def test_a_cache_may_be_filled_in_one_precision_and_read_in_another() -> None:
+    shared, ids = share(made(llama), (2, 3)).eval(), some_ids()
+    wanted = shared(input_ids=ids).logits[:, -2:]
+    for first, second in ((False, True), (True, False)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=first):
+            kept = shared(input_ids=ids[:, :-2], use_cache=True).past_key_values
+        with torch.autocast("cpu", torch.bfloat16, enabled=second):
+            told = shared(input_ids=ids[:, -2:], past_key_values=kept).logits.float()
+        torch.testing.assert_close(told, wanted, atol=0.1, rtol=0.1)
+
+
+def test_it_may_be_asked_for_by_the_name_of_an_implementation(tmp_path: Path) -> None:
+    shared, ids = share(made(llama), (2, 3)).eval(), some_ids()
+    shared.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa").eval()
+    torch.testing.assert_close(again(input_ids=ids).logits, shared(input_ids=ids).logits)

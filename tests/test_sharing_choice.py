@@ -69,9 +69,29 @@ def test_the_sum_of_similarities_to_the_leaders_is_the_largest() -> None:
 
         for count in (0, 1, 4, 8):
             best = max(combinations(range(1, 9), count), key=kept)
-            assert kept(tuple(most_similar(similarity, count))) == pytest.approx(kept(best))
+            assert kept(tuple(most_similar(similarity, count, [None] * 9))) == pytest.approx(kept(best))
     with pytest.raises(UserError, match="9 followers do not fit a model of 9 layers"):
-        most_similar(similarity, 9)
+        most_similar(similarity, 9, [None] * 9)
+
+
+def test_whoever_is_chosen_sees_what_its_leader_sees() -> None:
+    windows: list[int | None] = [7, 7, 7, None, 7, 7, 7, None, 7]
+    similarity = drawn(9, 3)
+    assert in_blocks(0, 8, 3, windows) == [1, 2, 5, 6]
+
+    def fits(followers: tuple[int, ...]) -> bool:
+        return all(windows[layer] == windows[leader] for layer, leader in leaders_of(followers).items())
+
+    def kept(followers: tuple[int, ...]) -> float:
+        return sum(similarity.cosines[layer][leader] for layer, leader in leaders_of(followers).items())
+
+    for count in (1, 2, 3, 4):
+        best = max(filter(fits, combinations(range(1, 9), count)), key=kept)
+        found = choose_followers(f"similar={count}", windows, lambda: similarity)
+        assert fits(tuple(found))
+        assert kept(tuple(found)) == pytest.approx(kept(best))
+    with pytest.raises(UserError, match="at most 4 of its 9 layers can follow"):
+        most_similar(similarity, 5, windows)
 
 
 def test_the_largest_gap_leaves_the_ends_alone() -> None:
@@ -79,23 +99,27 @@ def test_the_largest_gap_leaves_the_ends_alone() -> None:
     apart = (0, 1, 4, 7)  # 4 stands alone in the middle and is shared all the same
     cosines = [[1.0 if i == j else low if i in apart or j in apart else high for j in range(8)] for i in range(8)]
     assert shared_region(similarity_of(cosines)) == (2, 6)
-    assert choose_followers("gap=2", 8, lambda: similarity_of(cosines)) == ([3, 5], 2)
+    assert choose_followers("gap=2", [None] * 8, lambda: similarity_of(cosines)) == [3, 5]
 
 
 def test_the_forms_of_the_setting() -> None:
     def never() -> Similarity:
         raise AssertionError("not needed")
 
-    assert in_blocks(2, 9, 4) == [3, 4, 5, 7, 8, 9]
-    assert choose_followers("blocks=4,skip=2", 10, never) == ([3, 4, 5, 7, 8, 9], 2)
-    assert choose_followers("2, 5,4,3,7", 22, never) == ([2, 5, 4, 3, 7], 1)
-    with pytest.warns(UserWarning, match="Groups of 1 share nothing"):
-        assert choose_followers("blocks=1", 10, never)[0] == []
+    ten: list[int | None] = [None] * 10
+    assert in_blocks(2, 9, 4, ten) == [3, 4, 5, 7, 8, 9]
+    assert choose_followers("blocks=4,skip=2", ten, never) == [3, 4, 5, 7, 8, 9]
+    assert choose_followers("2, 5,4,3,7", [None] * 22, never) == [2, 5, 4, 3, 7]
+    for nobody in ("blocks=1", "blocks=2,skip=9"):
+        with pytest.warns(UserWarning, match="no layer shares"):
+            assert choose_followers(nobody, ten, never) == []
+    with pytest.warns(UserWarning, match="no layer shares"):
+        assert choose_followers("similar=0", ten, lambda: drawn(10, 0)) == []
     for wrong in ("similar", "similar=a", "gap=3,skip=1", "12,", "some=3"):
         with pytest.raises(UserError, match="does not say which layers share"):
-            choose_followers(wrong, 10, never)
+            choose_followers(wrong, ten, never)
     with pytest.raises(UserError, match="skip is 10"):
-        choose_followers("blocks=2,skip=10", 10, never)
+        choose_followers("blocks=2,skip=10", ten, never)
 
 
 def test_a_group_ends_with_its_last_follower() -> None:

@@ -35,15 +35,16 @@ The two stages are in ``teach``; the losses of stage 1 in ``distil``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence as Listed
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from preceptor import distribution
 from preceptor.data import Batch, Sequence, collate
 from preceptor.errors import UserError
 from preceptor.evaluation import TAUGHT, UNTAUGHT, Table, examine
@@ -54,11 +55,12 @@ from preceptor.losses.divergences import divergence
 from preceptor.models import LanguageModel, in_evaluation, load, project, tokenizer_hash
 from preceptor.passages import Passages, read_passages
 from preceptor.sharing.choice import block_ends, choose_followers
+from preceptor.sharing.config import check_architecture, windows_of
 from preceptor.sharing.model import removed
 from preceptor.sharing.observed import Observed
 from preceptor.sharing.picture import draw_similarity
 from preceptor.sharing.similarity import Similarity, measure_similarity
-from preceptor.student import make_student
+from preceptor.student import sharing
 from preceptor.training import Run, Training
 
 REQUIRES = "text"
@@ -77,7 +79,7 @@ class Config:
     followers: str = "similar=12"
     """The layers that share: ``similar=N``, ``gap=k``, ``blocks=k[,skip=b]``, or a list ``2,5,4,3,7``."""
     calibration: int = 16
-    """Pieces of text on which the similarity of layers is measured."""
+    """Pieces of text on which the similarity of layers is measured, in float32."""
     text: Passages = Passages()
     """What is read, in pieces of equal length."""
     inner_weight: float = 0.25
@@ -89,9 +91,9 @@ class Config:
     direction: Literal["student_first", "teacher_first"] = "student_first"
     """The order of L_S: KL(S ‖ T), as printed, or KL(T ‖ S)."""
     continued: float = 0.2
-    """Share of the steps in stage 2, in [0, 1]; at 1 no teacher is asked."""
+    """Share of the steps in stage 2, in [0, 1]; at 1 the teacher is asked for evaluations only."""
     teacher_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Precision of the teacher while it answers; evaluations use float32."""
+    """Precision of the teacher while the student learns; the table at the end uses float32."""
     output: str = "runs/echoatt/run"
     """Folder of the run."""
     resume: bool = False
@@ -104,6 +106,8 @@ class Config:
         weights = (self.inner_weight, self.soft_weight, self.hard_weight)
         if min(weights) < 0 or not any(weights):
             raise UserError(f"The weights of L_I, L_S and L_H are {weights}: give 0 or more, and one above 0.")
+        if self.calibration < 1:
+            raise UserError(f"calibration is {self.calibration}; give at least 1 piece of text.")
         if not 0 <= self.continued <= 1:
             raise UserError(f"continued is {self.continued}; choose a share in [0, 1].")
         if self.training.shard:
@@ -217,7 +221,7 @@ def go_on(hidden: Tensor, head: Head, inner: list[Tensor], *, batch: Batch) -> L
     return divergence(hidden, head, None, mask=batch.predicts, labels=batch.labels, weight=0.0, label_weight=1.0)
 
 
-def teach(run: Run, said: Tells, train: list[Sequence], exam: list[Sequence], pad_id: int, config: Config) -> None:
+def teach(run: Run, said: Tells, train: Listed[Sequence], exam: list[Sequence], pad_id: int, config: Config) -> None:
     """The loop: stage 1 until ``continued`` of the steps are left, then stage 2."""
     batches = partial(collate, pad_id=pad_id)
     for examples in run.steps(train):
@@ -255,15 +259,10 @@ def _both(hidden: Tensor, head: Head, inner: list[Tensor], *, batch: Batch, soft
     return forward, divergence(hidden, head, soft, kind="reverse_kl", mask=batch.predicts)
 
 
-def compare_layers(config: Config, teacher: LanguageModel, texts: list[Sequence]) -> Similarity:
-    """The similarity of the teacher's layers on the first pieces of text, kept in the run's folder."""
-    path = Path(config.output) / "similarity.json"
-    if path.exists():
-        return Similarity.read(path)
+def compare_layers(config: Config, teacher: LanguageModel, texts: Listed[Sequence]) -> Similarity:
+    """The similarity of the teacher's layers on the first pieces of text."""
     pieces = [sequence.ids for sequence in texts[: config.calibration]]
-    found = measure_similarity(teacher.causal, pieces, length=config.text.length)
-    found.write(path)
-    return found
+    return measure_similarity(teacher.causal, pieces, length=config.text.length)
 
 
 def main(config: Config) -> Table | None:
@@ -274,25 +273,27 @@ def main(config: Config) -> Table | None:
     Raises:
         UserError: the architecture or the followers do not fit, the folder holds another run, or the text is short.
     """
-    folder = Path(config.output)
+    folder, kept = Path(config.output), Path(config.output) / "similarity.json"
     check_folder(folder, config, resume=config.resume)
-    teacher = load(config.teacher, dtype=config.teacher_dtype)
+    teacher = load(config.teacher)
+    check_architecture(teacher.causal.config.model_type)
     train, exam = read_passages(config.text, teacher.tokenizer, seed=config.training.seed)
-    layers = int(teacher.causal.config.num_hidden_layers)
-    followers, _ = choose_followers(config.followers, layers, lambda: compare_layers(config, teacher, train))
-    student = share_layers(teacher, followers, seed=config.training.seed)
-    ends = block_ends(followers)
+
+    @cache
+    def measured() -> Similarity:
+        teacher.to(distribution.start(config.training.precision, (), folder).device)
+        return Similarity.read(kept) if config.resume and kept.exists() else compare_layers(config, teacher, train)
+
+    followers = choose_followers(config.followers, windows_of(teacher.causal.config), measured)
+    student, ends = sharing(teacher, followers), block_ends(followers)
+    similarity = measured()  # the page shows it beside followers that were given, too
     run = start(config, student, ends, teacher)
-    said = Original(teacher, ends)
+    if run.is_main:
+        similarity.write(kept)
+    said = Original(teacher.to(getattr(torch, config.teacher_dtype)), ends)
     run.shard(teacher)
     teach(run, said, train, exam, student.pad_id, config)
-    return _examine(config, student.eval(), followers, exam, train) if run.is_main else None
-
-
-def share_layers(teacher: LanguageModel, followers: list[int], *, seed: int) -> LanguageModel:
-    """The student before it is taught: the teacher in float32, in which the followers share."""
-    listed = ",".join(map(str, sorted(followers)))
-    return make_student(f"teacher:followers={listed}", teacher, seed=seed)
+    return _examine(config, student.eval(), followers, exam, similarity) if run.is_main else None
 
 
 def start(config: Config, student: LanguageModel, ends: tuple[int, ...], teacher: LanguageModel) -> Run:
@@ -312,7 +313,7 @@ def start(config: Config, student: LanguageModel, ends: tuple[int, ...], teacher
 
 
 def _examine(
-    config: Config, taught: LanguageModel, followers: list[int], exam: list[Sequence], texts: list[Sequence]
+    config: Config, taught: LanguageModel, followers: list[int], exam: list[Sequence], similarity: Similarity
 ) -> Table:
     """Write the student, and evaluate it in float32 beside the teacher and itself before it was taught."""
     folder, teacher = Path(config.output), load(config.teacher)
@@ -324,11 +325,11 @@ def _examine(
         "removed": f"{sum(size for _, size in parts):,} parameters: {_kinds(parts)} of the followers",
     }
     taught.save(folder / "student", card=card)
-    draw_similarity(folder / "pictures", compare_layers(config, teacher, texts), followers)
+    draw_similarity(folder / "pictures", similarity, followers)
     table = examine(
         folder,
         teacher,
-        {UNTAUGHT: share_layers(teacher, followers, seed=0).eval(), TAUGHT: taught},
+        {UNTAUGHT: sharing(teacher, followers).eval(), TAUGHT: taught},
         exam,
         questions=[],
         title=f"{config.teacher} with {len(followers)} layers that share attention",

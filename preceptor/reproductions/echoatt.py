@@ -23,8 +23,10 @@ from preceptor.knowledge import HiddenTargets
 from preceptor.lessons import Text, prepare
 from preceptor.models import LanguageModel, load
 from preceptor.passages import read_passages
-from preceptor.recipes.echoatt import Config, Original, Said, compare_layers, share_layers, start, teach
+from preceptor.recipes.echoatt import Config, Original, Said, compare_layers, start, teach
 from preceptor.sharing.choice import block_ends, most_similar
+from preceptor.sharing.config import windows_of
+from preceptor.student import sharing
 from preceptor.training import Training
 
 COUNTS = (7, 12, 23)
@@ -162,10 +164,10 @@ def _one_seed(seed: int, folder: Path, size: int) -> dict[str, dict[str, float]]
     plain = Config(calibration=8, training=training, output=str(path))
     teacher, exact = load("smollm2", dtype="bfloat16"), load("smollm2")
     calibration, _ = read_passages(plain.text, exact.tokenizer, seed=seed)
-    similarity = compare_layers(plain, exact, calibration)
+    similarity, windows = compare_layers(plain, exact, calibration), windows_of(exact.causal.config)
     text = Text(limit=steps * batch_size, held_out=12, answer_length=128)
     lessons = prepare(text, teacher, seed=seed, path=path / "lessons.jsonl")
-    chosen = {count: most_similar(similarity, count) for count in COUNTS}
+    chosen = {count: most_similar(similarity, count, windows) for count in COUNTS}
     for name, found in _before(exact, chosen, lessons.exam, seed, figures):
         figures[name] = found
         write_whole(done, json.dumps(figures, indent=2))
@@ -176,7 +178,7 @@ def _one_seed(seed: int, folder: Path, size: int) -> dict[str, dict[str, float]]
             continue
         resume = (path / name / "config.json").exists()
         config = replace(plain, continued=continued, output=str(path / name), resume=resume)
-        student, ends = share_layers(exact, chosen[count], seed=seed), block_ends(chosen[count])
+        student, ends = sharing(exact, chosen[count]), block_ends(chosen[count])
         said = recital.of(tuple(end + off for end in ends))
         teach(start(config, student, ends, exact), said, lessons.train, lessons.exam, student.pad_id, config)
         figures[name] = _measure(student, answers, lessons.exam)
@@ -199,12 +201,12 @@ def _before(
         yield "teacher", {"cross-entropy": _measure(exact, answers, exam)["cross-entropy"]}
     for count, followers in chosen.items():
         if f"{count} similar followers" not in known:
-            student = share_layers(exact, followers, seed=seed)
+            student = sharing(exact, followers)
             fewer = exact.causal.num_parameters() - student.causal.num_parameters()
             yield f"{count} similar followers", {**_measure(student, answers, exam), "parameters": fewer}
         if f"{count} random followers" not in known:
             draws = [random.Random(100 * seed + draw).sample(range(1, 30), count) for draw in range(DRAWS)]
-            found = [_measure(share_layers(exact, drawn, seed=seed), answers, exam) for drawn in draws]
+            found = [_measure(sharing(exact, drawn), answers, exam) for drawn in draws]
             yield f"{count} random followers", {name: mean_of([one[name] for one in found]).mean for name in found[0]}
 
 

@@ -31,7 +31,7 @@ class LayerMemory(DynamicLayer):  # type: ignore[no-untyped-call]
     def write(self, key: Tensor | None, value: Tensor) -> tuple[Tensor | None, Tensor]:
         """Put new keys (B, groups, T, d) and values in their place; returns all there is, room included."""
         begin, self.length = self.length, self.length + value.shape[2]
-        if self.values is None or self.values.shape[2] < self.length:
+        if self.values is None or self.values.shape[2] < self.length or self.values.dtype != value.dtype:
             self._grow(value)
         assert self.values is not None
         self.values[:, :, begin : self.length] = value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from preceptor.errors import UserError
 from preceptor.sharing.config import leaders_of
@@ -17,12 +17,16 @@ FORMS = (
 )
 
 
-def choose_followers(spec: str, layers: int, similarity: Callable[[], Similarity]) -> tuple[list[int], int]:
-    """The followers that a setting asks for, in the order chosen, and how many layers b are skipped before the first.
+Windows = Sequence[int | None]
+"""Of each layer of a model how many keys back it sees, None: all. A follower must see what its leader sees."""
+
+
+def choose_followers(spec: str, windows: Windows, similarity: Callable[[], Similarity]) -> list[int]:
+    """The followers that a setting asks for, in the order chosen.
 
     Args:
         spec: one of the forms in `FORMS`.
-        layers: of the model.
+        windows: of all layers; followers that are chosen here see what their leaders see.
         similarity: measures it; called only where the choice rests on it.
 
     Raises:
@@ -30,27 +34,35 @@ def choose_followers(spec: str, layers: int, similarity: Callable[[], Similarity
     """
     spec = spec.replace(" ", "")
     if re.fullmatch(r"\d+(,\d+)*", spec):
-        chosen = [int(number) for number in spec.split(",")]
-        return chosen, min(chosen) - 1
+        return [int(number) for number in spec.split(",")]
     match = re.fullmatch(r"(similar|gap|blocks)=(\d+)(?:,skip=(\d+))?", spec)
     if match is None or (match[3] and match[1] != "blocks"):
         raise UserError(f'"{spec}" does not say which layers share: give {FORMS}.')
     kind, number = match[1], int(match[2])
     if kind == "similar":
-        chosen = most_similar(similarity(), number)
-        return chosen, min(chosen, default=1) - 1
-    first, last = shared_region(similarity()) if kind == "gap" else (int(match[3] or 0), layers - 1)
-    if first >= layers:
-        raise UserError(f"skip is {first}, but the model has {layers} layers: skip fewer.")
-    if number < 2:
-        warnings.warn(f"Groups of {number} share nothing: give 2 layers or more a group.", stacklevel=2)
-        return [], first
-    return in_blocks(first, last, number), first
+        found = most_similar(similarity(), number, windows)
+    else:
+        first, last = shared_region(similarity()) if kind == "gap" else (int(match[3] or 0), len(windows) - 1)
+        if first >= len(windows):
+            raise UserError(f"skip is {first}, but the model has {len(windows)} layers: skip fewer.")
+        found = in_blocks(first, last, number, windows)
+    if not found:
+        warnings.warn(f'With "{spec}" no layer shares: the student is the whole teacher.', stacklevel=2)
+    return found
 
 
-def in_blocks(first: int, last: int, size: int) -> list[int]:
-    """The followers when layers first..last are grouped by ``size`` and the lowest of a group computes for it."""
-    return [layer for layer in range(first, last + 1) if (layer - first) % size]
+def in_blocks(first: int, last: int, size: int, windows: Windows) -> list[int]:
+    """The followers when layers first..last are grouped by ``size`` and the lowest of a group computes for it.
+
+    A layer that sees another window than its group begins a new one.
+    """
+    found, leader = [], first
+    for layer in range(first + 1, last + 1):
+        if layer - leader < size and windows[layer] == windows[leader]:
+            found.append(layer)
+        else:
+            leader = layer
+    return found
 
 
 def shared_region(similarity: Similarity) -> tuple[int, int]:
@@ -67,15 +79,15 @@ def shared_region(similarity: Similarity) -> tuple[int, int]:
     return low.index(False), len(low) - 1 - low[::-1].index(False)
 
 
-def most_similar(similarity: Similarity, count: int) -> list[int]:
+def most_similar(similarity: Similarity, count: int, windows: Windows) -> list[int]:
     """The ``count`` followers whose similarities to the layers they copy from have the largest sum.
 
     A follower copies from the nearest computing layer below, so a choice cuts the layers into groups whose lowest
     computes. The best of all cuts is found exactly: best(g, e) = max over s of best(g - 1, s) + the sum of S of layers
-    s + 1..e - 1 with layer s.
+    s + 1..e - 1 with layer s, which must all see the same window.
 
     Raises:
-        UserError: the model has not so many layers.
+        UserError: the model has not so many layers, or not so many that see what a layer below them sees.
     """
     cosines, layers = similarity.cosines, len(similarity.cosines)
     if not 0 <= count < layers:
@@ -85,10 +97,19 @@ def most_similar(similarity: Similarity, count: int) -> list[int]:
     for _ in range(layers - count):
         longer: list[tuple[float, tuple[int, ...]]] = [(-math.inf, ())] * (layers + 1)
         for end in range(1, layers + 1):
-            for start in range(end):
+            # From the layer below upwards, for as long as all see the same.
+            for start in range(end - 1, -1, -1):
+                if windows[start] != windows[end - 1]:
+                    break
                 gain = math.fsum(cosines[layer][start] for layer in range(start + 1, end))
                 longer[end] = max(longer[end], (best[start][0] + gain, (*best[start][1], start)))
         best = longer
+    if best[layers][0] == -math.inf:
+        groups = 1 + sum(one != other for one, other in zip(windows, windows[1:]))
+        raise UserError(
+            f"{count} followers do not fit: the model's windows change from layer to layer so that at most "
+            f"{layers - groups} of its {layers} layers can follow; choose fewer."
+        )
     return [layer for layer in range(layers) if layer not in best[layers][1]]
 
 

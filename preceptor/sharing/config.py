@@ -79,6 +79,11 @@ def window_of(config: PretrainedConfig, layer: int) -> int | None:
     return None if window is None else int(window)
 
 
+def windows_of(config: PretrainedConfig) -> list[int | None]:
+    """How many keys back each layer sees."""
+    return [window_of(config, layer) for layer in range(int(config.num_hidden_layers))]
+
+
 def check_followers(config: PretrainedConfig, followers: Sequence[int]) -> None:
     """Refuse followers that a model of this configuration cannot have.
 

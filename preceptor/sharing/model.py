@@ -16,12 +16,15 @@ from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import AutoModel, AutoModelForCausalLM
+from transformers.utils.generic import can_return_tuple
 
 from preceptor.errors import UserError
 from preceptor.sharing.attention import Follower, Leader, Reading, padding_of, removed_parts
 from preceptor.sharing.blocks import ALIGNED
 from preceptor.sharing.cache import SharedCache
 from preceptor.sharing.config import SharedAttentionConfig, check_architecture, window_of
+
+STANDS_FOR = "preceptor_shared_cache"  # an attribute of a foreign cache
 
 
 class SharedAttentionPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
@@ -31,6 +34,8 @@ class SharedAttentionPreTrainedModel(PreTrainedModel):  # type: ignore[no-untype
     config: SharedAttentionConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = False
+    # So that whoever asks for it by name gets this model; it computes its attention in its own way all the same.
+    _supports_sdpa = True
     _skip_keys_device_placement = ["past_key_values"]
 
 
@@ -75,7 +80,8 @@ class SharedAttentionModel(SharedAttentionPreTrainedModel):
             input_ids: (B, T); or ``inputs_embeds``, (B, T, D), of the new tokens.
             attention_mask: (B, S) over remembered and new tokens, 0 at padding. Rows are one sequence each.
             position_ids: (B, T); by default they go on from what is remembered.
-            past_key_values: a `SharedCache`, or an empty cache of another kind, in whose place one is made.
+            past_key_values: a `SharedCache`, or an empty cache of another kind: one is made in its place, which the
+                other hands on when it is given again.
             inputs_embeds: see ``input_ids``.
             use_cache: remember what is read, and return it; by default as the configuration says, not in training.
             output_hidden_states: also return what enters each layer, and last what leaves the final norm.
@@ -107,12 +113,14 @@ class SharedAttentionModel(SharedAttentionPreTrainedModel):
         )
 
     def _cache(self, given: Any, wanted: bool) -> SharedCache | None:
-        if isinstance(given, SharedCache):
-            return given
-        if given is not None and given.get_seq_length() > 0:
-            raise UserError("The cache given is another model's: start with past_key_values=None.")
-        if not wanted and given is None:
-            return None
+        if given is not None and not isinstance(given, SharedCache):
+            if given.get_seq_length() > 0:
+                raise UserError("The cache given is another model's: start with past_key_values=None.")
+            # A caller that goes on with its own cache, and not with the one returned, must not lose what was read.
+            given = vars(given).setdefault(STANDS_FOR, self._new_cache())
+        return self._new_cache() if given is None and wanted else given
+
+    def _new_cache(self) -> SharedCache:
         return SharedCache(len(self.decoder.layers), tuple(self.config.followers))
 
     def _rotations(self, hidden: Tensor, position_ids: Tensor) -> list[tuple[Tensor, Tensor] | None]:
@@ -148,6 +156,7 @@ class SharedAttentionForCausalLM(SharedAttentionPreTrainedModel, GenerationMixin
         """Replace the token embeddings."""
         self.model.set_input_embeddings(value)
 
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -159,12 +168,18 @@ class SharedAttentionForCausalLM(SharedAttentionPreTrainedModel, GenerationMixin
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
+        output_attentions: bool | None = None,
+        **settings: Any,  # of the loss, as transformers' Trainer hands them on
     ) -> CausalLMOutputWithPast:
         """Logits (B, T, V), and the loss where labels (B, T) are given; the rest as in `SharedAttentionModel`.
 
         ``logits_to_keep``: of how many of the last positions logits are made, or of which; 0: of all.
+
+        Raises:
+            UserError: ``output_attentions`` is true: the matrices exist in blocks only.
         """
+        if output_attentions:
+            raise UserError("A model with shared attention keeps no whole attention matrices: leave output_attentions.")
         told = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -181,7 +196,7 @@ class SharedAttentionForCausalLM(SharedAttentionPreTrainedModel, GenerationMixin
             logits = torch.tanh(logits / cap) * cap
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **settings)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=told.past_key_values, hidden_states=told.hidden_states
         )

@@ -72,6 +72,8 @@ def measure_similarity(model: PreTrainedModel, texts: Sequence[Sequence[int]], *
         UserError: no text is long enough, or the architecture is not supported.
     """
     check_architecture(model.config.model_type)
+    if length < 1:
+        raise UserError(f"The calibration texts are to have {length} tokens: give at least 1.")
     used = [list(text[:length]) for text in texts if len(text) >= length]
     if not used:
         raise UserError(
@@ -79,12 +81,14 @@ def measure_similarity(model: PreTrainedModel, texts: Sequence[Sequence[int]], *
         )
     training, total = model.training, None
     model.eval()  # type: ignore[no-untyped-call]
-    for ids in track(used, "Comparing layers", transient=True):
-        gram = _gram(model, torch.tensor([ids], device=model.device))
-        sizes = gram.diagonal().sqrt()
-        cosines = gram / (sizes[:, None] * sizes)
-        total = cosines if total is None else total + cosines
-    model.train(training)
+    try:
+        for ids in track(used, "Comparing layers", transient=True):
+            gram = _gram(model, torch.tensor([ids], device=model.device))
+            sizes = gram.diagonal().sqrt()
+            cosines = gram / (sizes[:, None] * sizes)
+            total = cosines if total is None else total + cosines
+    finally:
+        model.train(training)
     assert total is not None
     rows = (total / len(used)).tolist()
     inner = tuple(tuple(row[:-1]) for row in rows[:-1])

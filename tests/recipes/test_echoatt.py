@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from preceptor import cli
 from preceptor.data import Sequence, collate
 from preceptor.errors import UserError
+from preceptor.evaluation import UNTAUGHT
 from preceptor.knowledge import HiddenTargets
 from preceptor.memory import memory_needed
 from preceptor.models import LanguageModel, load
@@ -19,6 +20,7 @@ from preceptor.reproductions.echoatt import Recital
 from preceptor.sharing.choice import block_ends
 from preceptor.sharing.model import share
 from preceptor.sharing.observed import Observed
+from preceptor.sharing.similarity import Similarity
 from preceptor.student import make_student
 from preceptor.training import Training
 from tests.small_llama import small_llama
@@ -194,10 +196,12 @@ def test_the_doctor_counts_what_followers_lack():
 
 def test_pieces_of_text_have_one_length_and_the_exam_has_its_own(tokenizer):
     train, exam = read_passages(Passages(limit=40, length=32, held_out=5), tokenizer, seed=3)
-    assert {len(piece.ids) for piece in train + exam} == {32}
+    assert {len(piece.ids) for piece in [*train, *exam]} == {32}
     assert len(exam) == 5
     assert not set(train) & set(exam)
-    assert read_passages(Passages(limit=40, length=32, held_out=5), tokenizer, seed=3) == (train, exam)
+    again, same = read_passages(Passages(limit=40, length=32, held_out=5), tokenizer, seed=3)
+    assert (list(again), same) == (list(train), exam)
+    assert list(train[2:4]) == [train[2], train[3]]
     assert read_passages(Passages(limit=40, length=32, held_out=5), tokenizer, seed=4)[1] != exam
     with pytest.raises(UserError, match="pieces of 100000, and 5 are held out"):
         read_passages(Passages(limit=40, length=100_000, held_out=5), tokenizer, seed=3)
@@ -209,6 +213,7 @@ def test_pieces_of_text_have_one_length_and_the_exam_has_its_own(tokenizer):
         ({"inner_weight": -1.0}, "The weights of L_I, L_S and L_H"),
         ({"inner_weight": 0.0, "soft_weight": 0.0, "hard_weight": 0.0}, "The weights of L_I, L_S and L_H"),
         ({"continued": 1.5}, "continued is 1.5"),
+        ({"calibration": 0}, "calibration is 0"),
         ({"training": replace(TRAINING, shard=True)}, "training.shard"),
     ],
 )
@@ -226,15 +231,68 @@ def test_followers_that_do_not_fit_are_refused_before_anything_is_written(tmp_pa
         assert not folder.exists()
 
 
+def small_text(path):
+    path.write_text("\n".join(json.dumps({"text": f"the cat {n} sat on the mat and looked. " * 20}) for n in range(8)))
+    return str(path)
+
+
+def small_run(tokenizer, tmp_path, **settings):
+    teacher_of(tokenizer).save(tmp_path / "teacher")
+    small = Config(
+        teacher=str(tmp_path / "teacher"),
+        text=Passages(source=small_text(tmp_path / "text.jsonl"), length=24, held_out=2),
+        calibration=2,
+        output=str(tmp_path / "run"),
+        training=replace(TRAINING, steps=2, batch_size=2),
+    )
+    return replace(small, **settings)
+
+
+@pytest.mark.parametrize("followers", ["similar=2", "gap=2", "blocks=3", "2,4"])
+def test_followers_are_chosen_in_a_new_folder_by_this_teacher(tokenizer, tmp_path, followers):
+    config = small_run(tokenizer, tmp_path, followers=followers)
+    # What another try left there is not taken for this teacher's.
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "similarity.json").write_text("left by another teacher")
+    assert main(config) is not None
+    taught = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student")
+    assert taught.config.followers
+    found = Similarity.read(tmp_path / "run" / "similarity.json")
+    assert (len(found.cosines), found.texts) == (6, 2)
+    assert (tmp_path / "run" / "pictures" / "similarity.png").exists()
+
+
+def test_a_student_in_which_nobody_shares_is_the_teacher(tokenizer, tmp_path):
+    with pytest.warns(UserWarning, match="no layer shares"):
+        table = main(small_run(tokenizer, tmp_path, followers="blocks=1"))
+    assert table is not None
+    assert table.rows["KL(teacher ‖ model)"][UNTAUGHT].mean == pytest.approx(0, abs=1e-5)
+
+
+def test_a_student_starts_from_the_teachers_weights_and_not_from_rounded_ones(tokenizer, tmp_path):
+    config = small_run(tokenizer, tmp_path, followers="2,4", training=replace(TRAINING, steps=1, learning_rate=1e-30))
+    main(config)
+    taught, exact = (load(str(tmp_path / name)).causal for name in ("run/student", "teacher"))
+    assert torch.equal(taught.model.decoder.layers[1].mlp.up_proj.weight, exact.model.layers[1].mlp.up_proj.weight)
+
+
+def test_a_teacher_that_shares_already_is_refused_by_name(tokenizer, tmp_path):
+    shared = student_of(teacher_of(tokenizer)).eval()
+    shared.save(tmp_path / "shared")
+    with pytest.raises(UserError, match="preceptor_shared_attention"):
+        main(small_run(tokenizer, tmp_path, teacher=str(tmp_path / "shared"), followers="2"))
+    for spec in ("teacher:layers=3", "fresh:layers=2,hidden=16"):
+        with pytest.raises(UserError, match="do not stand alone"):
+            make_student(spec, shared, seed=0)
+
+
 def test_the_papers_setting_starts_at_tiny_width(tokenizer, tmp_path):
     teacher = teacher_of(tokenizer, layers=22)
     teacher.save(tmp_path / "teacher")
-    text = tmp_path / "text.jsonl"
-    text.write_text("\n".join(json.dumps({"text": "the cat sat on the mat and looked. " * 20}) for _ in range(8)))
     config = replace(
         paper,
         teacher=str(tmp_path / "teacher"),
-        text=replace(paper.text, source=str(text), length=24, held_out=2),
+        text=replace(paper.text, source=small_text(tmp_path / "text.jsonl"), length=24, held_out=2),
         output=str(tmp_path / "run"),
         training=replace(paper.training, steps=2, batch_size=4, accumulate=2),
     )
