@@ -51,8 +51,9 @@ _NUMBER = re.compile(
     r"(?P<unit>\s?(?:%|[°¢€£¥]|[a-zA-Zµμ]+(?:/[a-zA-Z]+)?\b))?",
     re.IGNORECASE,
 )
-_MARK = re.compile(r"\\f?boxed\s*\{|####|answer\s*(?:is|:|=)\s*(?:is|:|=)?", re.IGNORECASE)
-_WORDS = re.compile(r"(?:\s*[a-zA-Z]+){0,4}\s*")
+_MARK = re.compile(r"\\(?:boxed|fbox)\s*\{|####|answer\s*(?:is|:|=)\s*(?:is|:|=)?", re.IGNORECASE)
+_WORDS = re.compile(r"(?:\s*[a-zA-Z]+(?![a-zA-Z])){0,4}\s*")
+_NAMED = re.compile(r"(?:(?P<name>[a-zA-Z]\w*)\s*)?=\s*")
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,28 @@ class Answer:
 
     value: Fraction
     unit: str = ""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A text that begins with a number: ``name`` before it (x of ``x = 5 cm``), ``currency``, and what is ``after``."""
+
+    value: Fraction
+    name: str = ""
+    currency: str = ""
+    after: str = ""
+
+
+def parts(text: str) -> Parts | None:
+    """The number that a text begins with, and everything beside it as it was written; None where there is none."""
+    text = _plain(text[-LONGEST:]).strip()
+    named = _NAMED.match(text)
+    match = _NUMBER.match(text, named.end() if named else 0)
+    answer = _value(match, text) if match else None
+    if match is None or answer is None:
+        return None
+    after = text[match.start("unit") if match["unit"] else match.end() :]
+    return Parts(answer.value, (named and named["name"]) or "", (match["currency"] or "").strip(), after)
 
 
 def parse(text: str, *, strict: bool = False) -> Answer | None:
@@ -156,7 +179,8 @@ def _inside(text: str) -> str:
 
 def _whole(text: str) -> Answer | None:
     """The number that the text is, beside a name before and some words of a unit after it."""
-    text = re.sub(r"^(?:[a-zA-Z]\w*\s*)?=\s*", "", text.strip().lstrip("*_\"'`:").rstrip("*_\"'`.!:").strip())
+    text = text.strip().lstrip("*_\"'`:").rstrip("*_\"'`.!:").strip()
+    text = text[named.end() :] if (named := _NAMED.match(text)) else text
     match = _NUMBER.match(text)
     if match is None or not _WORDS.fullmatch(text, match.end()):
         return None
@@ -180,10 +204,10 @@ def _value(match: re.Match[str], text: str) -> Answer | None:
     before = text[: match.start()].rstrip()
     minus = (match["sign"] or "").strip() == "-" and not re.search(r"[\w)%]$", before)
     written_unit = (match["unit"] or match["currency"] or "").strip()
-    return Answer(-value if minus != bool(match["inner"]) else value, _unit(written_unit))
+    return Answer(-value if minus != bool(match["inner"]) else value, short_unit(written_unit))
 
 
-def _unit(word: str) -> str:
+def short_unit(word: str) -> str:
     """The unit's short name; a word that names none stays as it is."""
     for spelling in (word, word.lower(), word.lower().removesuffix("s")):
         if spelling in _NAMES:

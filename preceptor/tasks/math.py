@@ -15,11 +15,9 @@ from typing import Any
 
 from preceptor.errors import UserError
 from preceptor.tasks import Item
-from preceptor.tasks.answers import parse, same
+from preceptor.tasks.equality import told
 
-_BOX = re.compile(r"\\f?boxed\s*\{")
-_SPACES = re.compile(r"\\(?:left|right|displaystyle|[,!;: ])|[\s$]|(?:\^\s*\{?\\circ\}?)")
-_FORMS = ((r"\\[dt]frac", r"\\frac"), (r"\\(?:text|mathrm|textbf|mbox)\{([^{}]*)\}", r"\1"), (r"\\%", ""))
+_BOX = re.compile(r"\\(?:boxed|fbox)(?:\s*(?P<brace>\{)|\s*(?=[-+.\d])|\s+(?=\\))")
 
 
 @dataclass(frozen=True)
@@ -35,12 +33,20 @@ Verifier = Callable[[Item, str], Verdict]
 
 
 def boxed(text: str) -> str | None:
-    r"""What stands in the last ``\boxed{...}``, braces matched; None where there is none, or it is never closed."""
+    r"""What stands in the last ``\boxed{...}`` or ``\fbox{...}``; None where there is none, or it is never closed.
+
+    Braces are matched. ``\boxed 5`` without them, as in some solutions of MATH, holds what comes before the dollar sign
+    that ends its formula, or the next word where no dollar sign began one.
+    """
     opened = None
     for opened in _BOX.finditer(text):  # noqa: B007  # the last one is meant
         pass
     if opened is None:
         return None
+    if not opened["brace"]:
+        rest = text[opened.end() :]
+        in_formula = text[: opened.start()].count("$") % 2 and "$" in rest
+        return (rest.split("$")[0] if in_formula else rest.split()[0]).strip().rstrip(".,;:")
     depth = 1
     for place in range(opened.end(), len(text)):
         before = text[place - 1]
@@ -53,14 +59,12 @@ def boxed(text: str) -> str | None:
 def by_value(item: Item, response: str) -> Verdict:
     """Right where the box holds the same number (1,000 is 1000, $18 is 18, 18.0 is 18), or else the same text.
 
-    Texts are compared without LaTeX's spaces and variants. An empty box is no answer.
+    How both are read: ``tasks.equality``. An empty box is no answer.
     """
     inside = boxed(response)
     if not inside:
         return Verdict(None, False)
-    answer = _canonical(inside)
-    alike = answer == _canonical(item.truth)
-    return Verdict(answer, alike or (_number(inside) and _number(item.truth) and same(item.truth, inside)))
+    return Verdict(told(inside, item.truth), told(inside, item.truth) == told(item.truth, item.truth))
 
 
 def by_text(item: Item, response: str) -> Verdict:
@@ -104,18 +108,3 @@ def _object(path: Path, where: str, text: str) -> Mapping[str, Any]:
     if not isinstance(row, dict):
         raise UserError(f"{where} of {path} is no object with a problem and its solution: mend or remove it.")
     return row
-
-
-def _canonical(answer: str) -> str:
-    """One text for equal answers: the number where it is one, else the letters without LaTeX's variants."""
-    value = parse(answer, strict=True) if _number(answer) else None
-    if value is not None:
-        return f"{value.value} {value.unit}".strip()
-    for form, plain in _FORMS:
-        answer = re.sub(form, plain, answer)
-    return _SPACES.sub("", answer).rstrip(".")
-
-
-def _number(answer: str) -> bool:
-    """Whether an answer is a number and no pair or interval, whose parentheses would be read as a number's."""
-    return not re.match(r"\s*(?:\\left)?[(\[]", answer) and parse(answer, strict=True) is not None
