@@ -15,7 +15,7 @@ from preceptor.errors import UserError
 from preceptor.tasks import Item, leaks
 from preceptor.tasks.arithmetic import Arithmetic
 from preceptor.tasks.gsm8k import read_problems
-from preceptor.tasks.math import Verifier, by_text, by_value, read_math
+from preceptor.tasks.math import Verifier, by_text, by_value, read_math, read_utf8
 from preceptor.tasks.sampling import draw_items
 
 SUMS, PROBLEMS = "sums", "problems"
@@ -40,7 +40,7 @@ class Questions:
     exam: int = 200
     """Questions of the exam; they are kept apart from those that are learned from."""
     exam_source: str = ""
-    """Another file or folder to examine in; empty: questions of ``source``."""
+    """A file or folder to examine in; empty: questions of ``source``."""
     compare: Literal["value", "text"] = "value"
     """Answers are right by their value (18.0 is 18), or letter by letter as in the authors' scripts."""
 
@@ -53,6 +53,11 @@ class Questions:
             raise UserError(
                 f"The numbers of a sum go from {self.smallest} to {self.largest}: questions.smallest must be 0 or "
                 "more, and questions.largest no less."
+            )
+        if self.exam_source in (SUMS, PROBLEMS):
+            raise UserError(
+                f"questions.exam_source is {self.exam_source}, and only a file or a folder can be examined in beside "
+                "questions.source: give one, or leave it empty."
             )
 
     @property
@@ -73,10 +78,15 @@ def draw(questions: Questions, seed: int) -> tuple[list[Item], list[Item]]:
     generated = questions.source in (SUMS, PROBLEMS) and apart is found
     known = {item.id for item in exam} if generated else leaks(found, exam)
     rest = [item for item in found if item.id not in known][: questions.count]
-    if not rest or len(exam) < questions.exam:
+    if len(exam) < questions.exam or (not rest and apart is found):
         raise UserError(
-            f"{questions.source} has {len(found)} different questions, and {questions.exam} are for the exam: give "
-            "more or wider ones, or set questions.exam lower."
+            f"{questions.exam_source or questions.source} has {len(apart)} different questions, and {questions.exam} "
+            "are for the exam: give more or wider ones, or set questions.exam lower."
+        )
+    if not rest:
+        raise UserError(
+            f"All {len(found)} questions of {questions.source} are in {questions.exam_source} too: give others to "
+            "learn from, or set questions.exam lower."
         )
     return rest, exam
 
@@ -102,7 +112,7 @@ def read_file(path: Path) -> tuple[Item, ...]:
     """The questions of a file or folder, in GSM8K's form or MATH's, whichever it is.
 
     Raises:
-        UserError: there is nothing, it has neither form, or a question lacks its answer.
+        UserError: there is nothing, it is no UTF-8, it has neither form, or a question lacks its answer.
     """
     if path.is_dir():
         return read_math(path)
@@ -111,8 +121,7 @@ def read_file(path: Path) -> tuple[Item, ...]:
             f"There are no questions \"{path}\": give {SUMS}, {PROBLEMS}, a file in GSM8K's form, or MATH's folder or "
             "file."
         )
-    with path.open(encoding="utf-8") as file:
-        first = next((line for line in file if line.strip()), "")
+    first = next((line for line in read_utf8(path).split("\n") if line.strip()), "")
     try:
         names = set(json.loads(first))
     except (ValueError, TypeError):

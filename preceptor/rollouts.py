@@ -99,19 +99,30 @@ class Statistics:
     def advice(self) -> str:
         """What to change where too few questions were kept."""
         counts = Counter(self.outcomes)
-        mixed = self.questions - sum(counts[name] for name in ("all right", "none right", "none wrong", "no answer"))
+        easy, hard, silent = (counts[name] for name in ("all right", "none right", "none wrong"))
+        failed, leaked, cut = (counts[f"hint {name}"] for name in ("failed", "leaked", "unfinished"))
+        mixed = counts["kept"] + failed + leaked + cut
         if self.boxed < 0.5:
             return (
-                "most rollouts give no answer: allow longer ones, or show in prompts.system or prompts.shots how "
-                "an answer is boxed"
+                "most rollouts give no answer: allow longer ones (rolling.length), or show in prompts.system or "
+                "prompts.shots how an answer is boxed"
             )
-        if counts["all right"] > max(counts["none right"], mixed):
-            return "the questions are too easy: give harder ones, or raise sampling.temperature"
-        if counts["none right"] > mixed:
-            return "the questions are too hard: give easier ones, a stronger model, or more rollouts of a question"
-        if counts["hint leaked"] > counts["hint failed"]:
+        if easy > max(hard, silent, mixed):
+            return "the questions are too easy: give harder ones, or raise rolling.temperature"
+        if hard > max(silent, mixed):
+            return "the questions are too hard: give easier ones, a stronger model, or more rollouts (rolling.copies)"
+        if silent > mixed:
+            return (
+                "what is not right has no answer, and cannot be a wrong attempt: allow longer rollouts "
+                "(rolling.length), or draw more of them (rolling.copies)"
+            )
+        if counts["kept"] >= failed + leaked + cut:
+            return "the questions are too few: raise questions.count, or give more"
+        if leaked > max(failed, cut):
             return "the hinted answers speak of the hint: change prompts.hint"
-        return "the hinted answers are not verified: change prompts.hint, or allow longer answers"
+        if cut > failed:
+            return "the hinted answers are cut off: allow longer ones (rolling.length), or change prompts.hint"
+        return "the hinted answers are not verified: change prompts.hint, or allow longer answers (rolling.length)"
 
 
 def statistics(tried: Listed[Tried]) -> Statistics:

@@ -199,6 +199,13 @@ def test_an_exam_from_another_file_shares_no_question(tmp_path: Path):
     assert sorted(int(one.truth) for one in learned) == [4, 5, 6, 7, 8, 9]
 
 
+def test_a_sum_in_another_order_is_no_other_question():
+    learned, exam = draw(Questions(smallest=2, largest=35, count=1000, exam=200), seed=0)
+    numbers = [one.instruction.removeprefix("What is ").removesuffix("?").split(" + ") for one in (*learned, *exam)]
+    assert len(numbers) == len({tuple(sorted(pair)) for pair in numbers}) == 34 * 35 // 2
+    assert 0.3 < sum(int(first) > int(second) for first, second in numbers) / len(numbers) < 0.7
+
+
 def test_the_difficulty_of_sums_is_tuned():
     hard, _ = draw(Questions(terms=3, smallest=100, largest=999, count=8, exam=1), seed=1)
     for one in hard:
@@ -215,6 +222,15 @@ def test_what_gives_no_question_is_refused(tmp_path: Path):
     path.write_text(GSM8K)
     with pytest.raises(UserError, match=r"1 different questions, and 200 are for the exam"):
         draw(Questions(source=str(path)), seed=0)
+    two = tmp_path / "test.jsonl"
+    two.write_text(GSM8K + GSM8K.replace("2 and 3", "5"))
+    with pytest.raises(UserError, match=r"test\.jsonl has 2 different questions, and 5 are for the exam"):
+        draw(Questions(source=str(path), exam_source=str(two), exam=5), seed=0)
+    with pytest.raises(UserError, match=r"All 1 questions of .*train\.jsonl are in .*test\.jsonl too"):
+        draw(Questions(source=str(path), exam_source=str(two), exam=2), seed=0)
+    for name in ("sums", "problems"):
+        with pytest.raises(UserError, match=rf"exam_source is {name}, and only a file or a folder"):
+            Questions(source=str(path), exam_source=name)
     path.write_text('{"question": "2 and 3?", "answer": "five"}\n')
     with pytest.raises(UserError, match="does not end with ####"):
         draw(Questions(source=str(path)), seed=0)
@@ -222,3 +238,12 @@ def test_what_gives_no_question_is_refused(tmp_path: Path):
         Questions(exam=0)
     with pytest.raises(UserError, match="from 9 to 3"):
         Questions(smallest=9, largest=3)
+
+
+@pytest.mark.parametrize("text", [GSM8K, '{"problem": "1+1?", "answer": "2"}\n'])
+def test_a_file_in_another_encoding_is_named(tmp_path: Path, text):
+    for path in (tmp_path / "train.jsonl", tmp_path / "folder" / "1.json"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(text.replace("?", " caf\u00e9?").encode("latin-1"))
+        with pytest.raises(UserError, match=rf"{path.name} is not text in UTF-8"):
+            read_file(path if path.suffix == ".jsonl" else path.parent)

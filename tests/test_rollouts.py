@@ -147,7 +147,10 @@ def test_statistics_count_every_question():
 
 @pytest.mark.parametrize(
     ("outcome", "marks", "advice"),
-    [("all right", (True, True), "too easy"), ("none right", (False, False), "too hard")],
+    [
+        ("all right", (True, True), r"too easy: .*raise rolling\.temperature"),
+        ("none right", (False, False), r"too hard: .*rolling\.copies"),
+    ],
 )
 def test_where_nothing_is_kept_the_counts_and_an_advice_are_given(outcome, marks, advice):
     with pytest.raises(UserError, match=rf"0 questions were kept, and 2 .*4 {outcome}.*{advice}"):
@@ -161,7 +164,19 @@ def test_where_nothing_is_kept_the_counts_and_an_advice_are_given(outcome, marks
     leaked = tried("hint leaked", (True, False), rollout("5", True))
     with pytest.raises(UserError, match="speak of the hint"):
         enough([leaked], 1)
+    cut = tried("hint unfinished", (True, False), rollout("5", True))
+    with pytest.raises(UserError, match=r"cut off: allow longer ones \(rolling\.length\)"):
+        enough([cut, cut, failed], 1)
     enough([tried("kept", (True, False), rollout("5", True))], 1)
+
+
+def test_advice_names_what_is_wrong():
+    kept, failed = tried("kept", (True, False), rollout("5", True)), tried("hint failed", (True, False), rollout("6"))
+    for found in ([kept] * 3, [kept] * 3 + [failed] * 2):
+        assert statistics(found).advice() == "the questions are too few: raise questions.count, or give more"
+    assert "not verified" in statistics([kept] + [failed] * 2).advice()
+    silent = Tried(items(1)[0], (rollout("5", True), rollout(None)), "none wrong")
+    assert "has no answer, and cannot be a wrong attempt" in statistics([silent] * 20 + [kept]).advice()
 
 
 def rolling(**changed):
@@ -206,6 +221,23 @@ def test_every_round_is_on_the_disk_before_the_next(small, tmp_path, monkeypatch
     assert path.read_text().count("\n") == 4
 
 
+def test_questions_of_one_name_stay_apart(small, tmp_path):
+    asked = {
+        "apart": items(8),
+        "same": [replace(item, id="same") for item in items(8)],
+        "none": [replace(item, id="") for item in items(8)],
+    }
+    told = [
+        collect(small, some, rolling(round=8), PLAIN, toss, wanted=9, seed=5, path=tmp_path / f"{name}.jsonl")
+        for name, some in asked.items()
+    ]
+    assert sum(one.reply is not None for one in told[0]) > 1
+    for found in told[1:]:
+        assert [one.item.instruction for one in found] == [one.item.instruction for one in told[0]]
+        assert [one.rollouts for one in found] == [one.rollouts for one in told[0]]
+        assert [one.reply is None for one in found] == [one.reply is None for one in told[0]]
+
+
 def test_it_stops_when_enough_are_kept(small, tmp_path):
     few = collect(
         small, items(8), rolling(), PLAIN, lambda *_: Verdict("5", True), wanted=1, seed=5, path=tmp_path / "a"
@@ -228,6 +260,8 @@ def test_other_questions_in_the_file_and_missing_truths_are_refused(small, tmp_p
     [
         ({"copies": 1}, "at least 2"),
         ({"temperature": 0.0}, "above 0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": float("inf")}, "temperature is inf"),
         ({"round": 0}, r"rolling\.round is 0"),
         ({"hint_temperature": -1.0}, "temperature is -1"),
     ],

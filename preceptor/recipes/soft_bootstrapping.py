@@ -191,6 +191,9 @@ def bootstrap(config: Config, items: Listed[Item], exam: Listed[Item], verify: V
     Raises:
         UserError: as ``main``.
     """
+    for asked, purpose in ((items, "to learn from"), (exam, "for the exam")):
+        if not asked:
+            raise UserError(f"There is no question {purpose}: give at least one.")
     folder = Path(config.output)
     check_folder(folder, config, resume=config.resume)
     teacher, student = load(config.teacher, dtype=config.dtype), unlearned(config)

@@ -126,7 +126,7 @@ def _measured(after: str, currency: str) -> tuple[str, int, frozenset[str]] | No
 
 def _bare(text: str) -> str:
     """Without the braces and parentheses around all of it; those of a pair, with its comma, stay."""
-    text = re.sub(r"\\(?:left|right)(?![a-zA-Z])", "", text).strip()
+    text = re.sub(r"\\(?:left|right)(?![a-zA-Z])", "", text).strip(' \n\t*`"')
     for _ in range(LAYERS):
         inner = re.fullmatch(
             r"(?:\\(?:text|mathrm|textbf|mathbf|mbox)\s*)?(\{.*\})|(\([^,]*\))|\$([^$]*)\$", text, re.DOTALL

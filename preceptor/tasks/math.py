@@ -77,16 +77,30 @@ def read_math(path: Path) -> tuple[Item, ...]:
     """The problems of a folder of JSON objects, or of a file of such lines. Skill and subskill are subject and level.
 
     Raises:
-        UserError: nothing is there, or a problem lacks its text or its answer; it is named.
+        UserError: nothing is there, a file is no UTF-8, or a problem lacks its text or its answer; it is named.
     """
     if path.is_dir():
-        rows = [(str(file.relative_to(path)), file.read_text("utf-8")) for file in sorted(path.rglob("*.json"))]
+        rows = [(str(file.relative_to(path)), read_utf8(file)) for file in sorted(path.rglob("*.json"))]
     else:
-        lines = path.read_text("utf-8").split("\n") if path.is_file() else []
+        lines = read_utf8(path).split("\n") if path.is_file() else []
         rows = [(f"line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise UserError(f"There is no problem in {path}: give a folder of MATH's JSON files, or a file of such lines.")
     return tuple(_item(path, where, text) for where, text in rows)
+
+
+def read_utf8(path: Path) -> str:
+    """A file's text.
+
+    Raises:
+        UserError: it is not in UTF-8.
+    """
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not text in UTF-8 (byte {error.start} cannot be read): save it in this encoding."
+        ) from error
 
 
 def _item(path: Path, where: str, text: str) -> Item:
