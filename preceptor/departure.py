@@ -8,8 +8,10 @@ hacked one leaves it. They give no procedure; this one is decided here:
 
 the first ones after the warm-up, while the learning rate is constant (a rate that decays bends the line by itself). A
 checkpoint after the window departs when its residual exceeds 3 standard errors of a prediction (which grow with the
-distance from the window), or its relative deviation exceeds a bound that is chosen; the flag stands at the first of 3
-departing checkpoints in a row. Both are two-sided: a curve that falls faster than its law departs from it too.
+distance from the window) and it lies more than 10 % off the law; the flag stands at the first of 3 departing ones in a
+row. Both bounds are needed: no run follows its law exactly, and where the proxy has little noise 3 standard errors are
+so small that the slight curvature of a healthy run exceeds them. Both are two-sided: a curve that falls faster than its
+law departs from it too.
 """
 
 from __future__ import annotations
@@ -36,8 +38,8 @@ class Watch:
     """Share of the checkpoints at a constant rate that the law is fitted to, at least 6 of them."""
     residual: float = 3.0
     """Standardised residual beyond which a checkpoint departs."""
-    relative: float = 0.0
-    """Relative deviation from the law beyond which a checkpoint departs too; 0 leaves it to the residual alone."""
+    relative: float = 0.1
+    """Least relative deviation from the law that counts as a departure; 0 leaves it to the residual alone."""
 
     def __post_init__(self) -> None:
         """Refuse bounds that mean nothing."""
@@ -174,9 +176,9 @@ def find_departure(points: Sequence[tuple[int, float]], watch: Watch = Watch()) 
     run = 0
     for place, (step, value) in enumerate(points[size:], size):
         x, gap = math.log(step), math.log(value) - line.intercept - line.slope * math.log(step)
-        far = watch.relative > 0 and abs(math.expm1(gap)) > watch.relative
         # A fit without any residual at all would flag the rounding of exact numbers.
-        run = run + 1 if far or abs(gap) > max(watch.residual * line.error(x), 1e-9) else 0
+        certain = abs(gap) > max(watch.residual * line.error(x), 1e-9)
+        run = run + 1 if certain and abs(math.expm1(gap)) > watch.relative else 0
         if run == IN_A_ROW:
             left, first = points[place - IN_A_ROW + 1]
             return replace(verdict, flagged=left, above=first > verdict.expected(left))

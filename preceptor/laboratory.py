@@ -48,15 +48,15 @@ class Data:
     instructions). An exact oracle draws its own."""
     oracle: int = 1000
     """Prompts that the oracle answers, for stage one."""
-    prompts: int = 256
+    prompts: int = 250
     """Prompts of the distillation."""
     responses: int = 1
     """Answers to each prompt of the distillation."""
-    held_out: int = 256
+    held_out: int = 512
     """Prompts of the exams."""
-    prompt_length: int = 8
+    prompt_length: int = 16
     """Tokens of a prompt: exactly so many symbols of an exact oracle, at most so many of a language model."""
-    answer_length: int = 16
+    answer_length: int = 8
     """Tokens of an answer: exactly so many symbols of an exact oracle, at most so many of a language model."""
 
     def __post_init__(self) -> None:

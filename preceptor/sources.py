@@ -89,19 +89,26 @@ class HiddenMarkovSource:
         vocabulary: V, at least 2.
         concentration: α of the Dirichlet distributions from which π and the rows of A and B are drawn.
         seed: of all three.
+        stickiness: κ in [0, 1), the probability that a state stays without being drawn anew: A = κ I + (1 - κ) A', of
+            which the rows of A' are drawn. The larger, the longer the first symbols matter.
 
     Raises:
         UserError: a size out of its interval.
     """
 
-    def __init__(self, *, states: int, vocabulary: int, concentration: float, seed: int) -> None:
+    def __init__(
+        self, *, states: int, vocabulary: int, concentration: float, seed: int, stickiness: float = 0.0
+    ) -> None:
         _check(vocabulary, concentration)
         if states < 1:
             raise UserError(f"A hidden Markov model has {states} states; it must have at least 1.")
+        if not 0 <= stickiness < 1:
+            raise UserError(f"The stickiness of a hidden Markov model is {stickiness}; it must be in [0, 1).")
         self.states, self.vocabulary = states, vocabulary
         generator = torch.Generator().manual_seed(seed)
         self.initial = _dirichlet(1, states, concentration, generator)
-        self.walk = _dirichlet(states, states, concentration, generator)
+        drawn = _dirichlet(states, states, concentration, generator)
+        self.walk = stickiness * torch.eye(states, dtype=torch.float64) + (1 - stickiness) * drawn
         self.emit = _dirichlet(states, vocabulary, concentration, generator)
 
     def begin(self, count: int) -> Tensor:
@@ -121,25 +128,28 @@ class HiddenMarkovSource:
 def make_source(spec: str, *, seed: int) -> Source:
     """A source by its specification: ``markov:order=2,vocabulary=32`` or ``hmm:states=8,vocabulary=32``.
 
-    ``concentration=`` is the α of both (default 0.3).
+    ``concentration=`` is the α of both (default 0.3), ``stickiness=`` the κ of a hidden Markov model (default 0).
 
     Raises:
         UserError: the specification is not of these forms, or a size is out of its interval.
     """
     kind, _, rest = spec.partition(":")
-    names = {"markov": "order", "hmm": "states"}
+    names, own = {"markov": "order", "hmm": "states"}, {"hmm": {"stickiness"}}
     given = dict(item.partition("=")[::2] for item in rest.replace(" ", "").split(",")) if rest else {}
-    known = {names.get(kind, ""), "vocabulary", "concentration"}
+    known = {names.get(kind, ""), "vocabulary", "concentration"} | own.get(kind, set())
     if kind not in names or not given.keys() <= known:
         raise _no_source(spec)
     try:
         size = int(given.get(names[kind], "2" if kind == "markov" else "8"))
         vocabulary, concentration = int(given.get("vocabulary", "32")), float(given.get("concentration", "0.3"))
+        stickiness = float(given.get("stickiness", "0"))
     except ValueError:
         raise _no_source(spec) from None
     if kind == "markov":
         return MarkovSource(order=size, vocabulary=vocabulary, concentration=concentration, seed=seed)
-    return HiddenMarkovSource(states=size, vocabulary=vocabulary, concentration=concentration, seed=seed)
+    return HiddenMarkovSource(
+        states=size, vocabulary=vocabulary, concentration=concentration, seed=seed, stickiness=stickiness
+    )
 
 
 def log_probs(source: Source, ids: Tensor) -> Tensor:
@@ -189,5 +199,5 @@ def _check(vocabulary: int, concentration: float) -> None:
 def _no_source(spec: str) -> UserError:
     return UserError(
         f'"{spec}" is not a source: give markov:order=2,vocabulary=32[,concentration=0.3] or '
-        "hmm:states=8,vocabulary=32[,concentration=0.3]."
+        "hmm:states=8,vocabulary=32[,concentration=0.3][,stickiness=0]."
     )

@@ -79,10 +79,18 @@ def test_two_checkpoints_aside_are_no_departure():
     assert find_departure(points).flagged == points[20][0]
 
 
-def test_a_relative_bound_flags_what_noise_would_hide():
+def test_a_certain_departure_counts_from_a_least_size_on():
+    """A healthy run with little noise curves slightly: the fit is certain of it, and it does not matter."""
+    points = [(step, value * (1 + step / 5000)) for step, value in law(40, noise=0.001)]
+    assert find_departure(points, Watch(relative=0.0)).flagged is not None
+    assert find_departure(points).flagged is None
+    assert find_departure(bent(points, 25, 1.1)).flagged == points[25][0]
+
+
+def test_a_large_deviation_that_noise_explains_does_not_count():
     points = bent(law(30, noise=0.1), 20, 1.08)
-    assert find_departure(points, Watch(residual=50.0)).flagged is None
-    assert find_departure(points, Watch(residual=50.0, relative=0.4)).flagged is not None
+    assert find_departure(points, Watch(relative=0.4)).flagged is not None
+    assert find_departure(points, Watch(residual=50.0, relative=0.4)).flagged is None
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 8])

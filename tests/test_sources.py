@@ -49,6 +49,13 @@ def test_the_forward_algorithm_is_the_sum_over_all_paths():
             assert math.isclose(float(told[symbol]), expected, rel_tol=1e-10)
 
 
+def test_a_sticky_state_stays_unless_it_is_drawn_anew():
+    plain, sticky = (make_source(f"hmm:states=3,vocabulary=4,stickiness={kappa}", seed=6) for kappa in (0, 0.75))
+    assert torch.allclose(sticky.walk, 0.75 * torch.eye(3, dtype=torch.float64) + 0.25 * plain.walk)
+    assert torch.equal(sticky.emit, plain.emit)
+    assert torch.equal(sticky.initial, plain.initial)
+
+
 @pytest.mark.parametrize("spec", ["markov:order=2,vocabulary=5", "hmm:states=4,vocabulary=5"])
 def test_every_prefix_has_a_distribution(spec):
     source = make_source(spec, seed=3)
@@ -92,6 +99,9 @@ def test_a_tiny_concentration_stays_finite():
         ("hmm:states=0", "states"),
         ("hmm:vocabulary=1", "symbols"),
         ("hmm:concentration=0", "concentration"),
+        ("hmm:stickiness=1", "stickiness"),
+        ("hmm:stickiness=-0.1", "stickiness"),
+        ("markov:stickiness=0.5", "not a source"),
         ("hmm:order=2", "not a source"),
         ("markov:order=two", "not a source"),
         ("table:size=3", "not a source"),

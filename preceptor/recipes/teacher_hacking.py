@@ -32,6 +32,8 @@ Decided here, where the paper's text, figures and one table of settings leave it
 * Without an oracle a healthy run's proxy follows a power law; ``departure`` decides what leaves it.
 * The learning rate is constant after the warm-up: a rate that decays bends that law by itself.
 * ``teacher = "oracle"`` is the control: then proxy and golden are one.
+* Long prompts, short answers and an oracle whose hidden states stay long: what is to be answered lies in the prompt.
+  These sizes, those of stage one and the detector's bounds were chosen on seeds 100 to 103.
 
 An oracle is exact (``markov:..``, ``hmm:..``: see ``sources``; models over its symbols are small transformers) or a
 language model by name. ``teacher:layers=N`` copies layers of the oracle, ``fresh:..`` takes its architecture.
@@ -75,9 +77,9 @@ from preceptor.training import Run, Training
 
 REQUIRES = "text"
 
-FINE_TUNING = Training(steps=110, batch_size=64, learning_rate=5e-3, schedule="constant", warmup=20.0)
+FINE_TUNING = Training(steps=130, batch_size=64, learning_rate=3e-3, schedule="constant", warmup=20.0)
 DISTILLATION = Training(
-    steps=1000, batch_size=64, learning_rate=2e-3, schedule="constant", warmup=20.0, evaluate_every=25
+    steps=400, batch_size=50, learning_rate=2e-3, schedule="constant", warmup=20.0, evaluate_every=10
 )
 
 
@@ -85,8 +87,8 @@ DISTILLATION = Training(
 class Config:
     """Settings of one distillation in a laboratory."""
 
-    oracle: str = "hmm:states=16,vocabulary=32,concentration=0.1"
-    """μ: ``markov:order=..`` or ``hmm:states=..`` (with vocabulary=, concentration=), or a language model by name."""
+    oracle: str = "hmm:states=16,vocabulary=32,concentration=0.3,stickiness=0.9"
+    """μ: ``markov:order=..`` or ``hmm:states=..`` (see ``sources``), or a language model by name."""
     teacher: str = "fresh:layers=2,hidden=64"
     """π_T before stage one: ``fresh:..``, ``teacher:layers=N`` (layers of the oracle), a name, or ``oracle`` itself."""
     student: str = "fresh:layers=1,hidden=48"
@@ -103,7 +105,7 @@ class Config:
     """Also measure KL(student ‖ oracle) and KL(student ‖ teacher) on the student's own answers."""
     teacher_training: Training = FINE_TUNING
     """Stage one of the teacher."""
-    student_training: Training = replace(FINE_TUNING, steps=40)
+    student_training: Training = replace(FINE_TUNING, steps=28, learning_rate=5e-3)
     """Stage one of the student."""
     watch: Watch = Watch()
     """How closely the proxy is watched for a departure from its power law."""

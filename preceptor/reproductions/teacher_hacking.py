@@ -53,7 +53,9 @@ def arms(plain: Config) -> dict[str, Config]:
         FIFTH: replace(plain, data=replace(data, prompts=data.prompts // 5, responses=5)),
         TWICE: replace(plain, data=replace(data, responses=2)),
         FOURFOLD: replace(plain, data=replace(data, responses=4)),
-        CONTROL: replace(plain, teacher="oracle", training=replace(plain.training, steps=250)),
+        CONTROL: replace(
+            plain, teacher="oracle", training=replace(plain.training, steps=(plain.training.steps or 0) // 4)
+        ),
     }
 
 
@@ -77,8 +79,11 @@ def reproduce(seeds: int, folder: Path, full: bool) -> Table:
         table.rows[arm] |= {column: f"{count} of {seeds}" for column, count in counted.items()}
     table.notes = [f"{name}: {what}." for name, what in COLUMNS.items()]
     table.notes.append(
-        "Nats an answer of 16 symbols; the teacher itself lies at golden "
+        f"Nats an answer of {Config().data.answer_length} symbols; the teacher itself lies at golden "
         f"{mean_of([seed['exact']['teacher'] for seed in done])}. Mean ± standard error over {seeds} seeds."
+    )
+    table.notes.append(
+        "Sizes, stage one and the detector's bounds were chosen on seeds 100 to 103, which are not here."
     )
     table.notes += _overfitting(done, names)
     table.claims = [*_hacking(done), *_data(done), *_detection(done, names), *_exact(done)]
