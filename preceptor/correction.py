@@ -14,7 +14,8 @@ teacher writes nothing but the one token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Listed
+from collections.abc import Callable, Sequence as Listed
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -74,6 +75,7 @@ def correct(
     temperature: float = 1.0,
     place: Literal["divergent", "random"] = "divergent",
     keep_cache: bool = True,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Corrected:
     """Correct the student's own samples, each a prompt and one response; torch's global generator draws.
 
@@ -89,8 +91,9 @@ def correct(
         max_length: tokens of a prompt and a response together, at most.
         temperature: of the student's sampling.
         place: where the two differ most, or, for comparison, at any candidate alike.
-        keep_cache: False reads the prefix again (as it is where a model's cache cannot be cut: sliding windows,
+        keep_cache: False reads the prefix again (as is done where a model's cache cannot be cut: sliding windows,
             recurrent states).
+        autocast: what the student reads and writes within; the teacher, and the choice, keep their own precision.
 
     Raises:
         UserError: the teacher is not dense, or has another vocabulary.
@@ -98,7 +101,7 @@ def correct(
     sampling = Sampling(length, temperature)
     sampling.check()
     now, places = list(sequences), [list[int]() for _ in sequences]
-    open_ones = [index for index, sequence in enumerate(now) if any(sequence.response)]
+    open_ones = [index for index, sequence in enumerate(now) if any(sequence.response[1:])]
     tried = correction.rounds and len(now) - len(open_ones)
     without = tried
     for _ in range(correction.rounds):
@@ -108,9 +111,13 @@ def correct(
         for start in range(0, len(order), TOGETHER):
             chosen = order[start : start + TOGETHER]
             last = [places[index][-1] if places[index] else -1 for index in chosen]
-            look = _Look(student, teacher, [now[index] for index in chosen], correction.choice)
+            with autocast():
+                look = _Look(student, [now[index] for index in chosen])
+            look.listen(teacher, correction.choice)
             found = look.places(last, place)
-            for row, sequence in look.go_on(found, sampling, max_length, keep_cache=keep_cache).items():
+            with autocast():
+                written = look.go_on(found, sampling, max_length, keep_cache=keep_cache)
+            for row, sequence in written.items():
                 now[chosen[row]] = sequence
                 places[chosen[row]].append(found[row])
                 open_ones.append(chosen[row])
@@ -121,15 +128,18 @@ def correct(
 class _Look:
     """What both models say of some sequences, and the cache of the student's reading."""
 
-    def __init__(self, student: LanguageModel, teacher: Teacher, sequences: list[Sequence], choice: str) -> None:
+    def __init__(self, student: LanguageModel, sequences: list[Sequence]) -> None:
         self.student, self.sequences = student, sequences
-        batch = collate(sequences, student.pad_id).to(student.device)
+        self.batch = collate(sequences, student.pad_id).to(student.device)
         with in_evaluation(student):
-            read = student.causal.base_model(input_ids=batch.input_ids, use_cache=True)
-        self.cache: Any = read.past_key_values
-        self.width = int(batch.input_ids.shape[1])
-        gaps, said = differences(read.last_hidden_state, student, teacher, batch, choice)
-        counts = batch.predicts.sum(-1).tolist()
+            read = student.causal.base_model(input_ids=self.batch.input_ids, use_cache=True)
+        self.hidden, self.cache = read.last_hidden_state, read.past_key_values
+        self.width = int(self.batch.input_ids.shape[1])
+
+    def listen(self, teacher: Teacher, choice: str) -> None:
+        """Ask the teacher about the same sequences."""
+        gaps, said = differences(self.hidden, self.student, teacher, self.batch, choice)
+        counts = self.batch.predicts.sum(-1).tolist()
         self.gaps = [part.tolist() for part in torch.split(gaps, counts)]
         self.said = [part.tolist() for part in torch.split(said, counts)]
 
@@ -217,7 +227,8 @@ def can_be_cut(cache: Any, width: int) -> bool:
 def cut(cache: Any, rows: list[int], lengths: list[int]) -> None:
     """Leave some rows in a cache, and of each its first positions, moved to the right end.
 
-    Their keys have their positions in them already (rotary embeddings), so that they can be moved.
+    They can be moved: a position is in the keys already (rotary embeddings), or in what was embedded (GPT-2, OPT), or
+    follows from the order and the mask (BLOOM); the place in the cache says nothing.
 
     Args:
         cache: of sequences that are padded on the right.

@@ -133,6 +133,12 @@ class Learner:
                 parameter = self.parameters[name]
                 self.optimizer.state[parameter][slot] = checkpoint.like(saved, parameter)
 
+    def release(self) -> None:
+        """Gives the bare module its own forward back, without autocast: whoever calls it now chooses the precision."""
+        # Not unwrap_model, which takes off what decorates the module's own forward too.
+        for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+            self.bare.__dict__.pop(name, None)
+
     def _gradients(self) -> list[Tensor]:
         return [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
 

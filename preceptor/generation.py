@@ -54,7 +54,16 @@ class Sampling:
             raise UserError(f"top_p is {self.top_p}; it must lie in (0, 1].")
 
     def choose(self, logits: Tensor) -> Tensor:
-        """The next token ids (B,) from logits (B, V), drawn with torch's global generator of the device."""
+        """The next token ids (B,) from logits (B, V), drawn with torch's global generator of the device.
+
+        Raises:
+            UserError: the logits are not finite.
+        """
+        if not bool(logits.amax(-1).isfinite().all()):
+            raise UserError(
+                "The model's logits are not finite, so it cannot write: its weights have diverged; lower the learning "
+                "rate, or go back to an earlier checkpoint."
+            )
         if self.temperature == 0:
             return logits.argmax(-1)
         logits = logits.float() / self.temperature
@@ -80,10 +89,12 @@ def sample(
     stop: frozenset[int],
     batch_size: int,
     device: torch.device,
+    limits: Sequence[int] | None = None,
 ) -> list[tuple[int, ...]]:
     """Continue every prompt; the new ids only, a stop token kept as the last one.
 
     Prompts are taken longest first, so that a batch holds little padding; the answers come back in the order given.
+    ``limits``: tokens for each prompt, at least 1, in place of ``sampling.max_new_tokens``.
 
     Raises:
         UserError: a setting is out of its interval, or a prompt is empty.
@@ -95,21 +106,16 @@ def sample(
         if not prompt:
             raise UserError(f"Prompt {index} is empty: a model needs at least one token to go on from.")
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    limits = limits or [sampling.max_new_tokens] * len(prompts)
     answers: list[tuple[int, ...]] = [()] * len(prompts)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        for index, ids in zip(chosen, _sample_batch(step, [prompts[i] for i in chosen], sampling, stop, device)):
-            answers[index] = tuple(ids)
+        ids, mask = left_pad([prompts[index] for index in chosen], device)
+        prefix = Prefix(ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), None)
+        told = go_on(step, prefix, sampling, stop=stop, limits=[limits[index] for index in chosen])
+        for index, answer in zip(chosen, told):
+            answers[index] = tuple(answer)
     return answers
-
-
-def _sample_batch(
-    step: Step, prompts: list[tuple[int, ...]], sampling: Sampling, stop: frozenset[int], device: torch.device
-) -> list[list[int]]:
-    ids, mask = left_pad(prompts, device)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    limits = [sampling.max_new_tokens] * len(prompts)
-    return go_on(step, Prefix(ids, mask, positions, None), sampling, stop=stop, limits=limits)
 
 
 def go_on(
@@ -121,22 +127,22 @@ def go_on(
     """
     ids, mask, positions, cache = prefix.ids, prefix.mask, prefix.positions, prefix.cache
     answers: list[list[int]] = [[] for _ in limits]
-    alive = list(range(len(limits)))
+    alive, ended = list(range(len(limits))), set[int]()
     while True:
         logits, cache = step(Prefix(ids, mask, positions, cache))
         chosen = sampling.choose(logits)
         tokens = chosen.tolist()
         for row, token in zip(alive, tokens):
-            answers[row].append(token)
-        going = [
-            place
-            for place, (row, token) in enumerate(zip(alive, tokens))
-            if token not in stop and len(answers[row]) < limits[row]
-        ]
+            if row not in ended:
+                answers[row].append(token)
+            if token in stop or len(answers[row]) == limits[row]:
+                ended.add(row)
+        going = [place for place, row in enumerate(alive) if row not in ended]
         if not going:
             return answers
         positions = positions[:, -1:] + 1
-        if len(going) < len(alive):
+        # Recurrent states have no way to drop a row: what has ended is then written on, to no end.
+        if len(going) < len(alive) and all(hasattr(layer, "batch_select_indices") for layer in cache.layers):
             keep = torch.tensor(going, device=ids.device)
             alive = [alive[place] for place in going]
             chosen, mask, positions = chosen[keep], mask[keep], positions[keep]

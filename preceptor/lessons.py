@@ -161,12 +161,18 @@ def _without_answer(example: Example) -> Example:
 def write_answers(
     model: LanguageModel, prompts: list[tuple[int, ...]], length: int, *, max_length: int, temperature: float = 1.0
 ) -> list[Sequence]:
-    """Sequences of prompts, each with an answer drawn from ``model`` (at most ``length`` tokens, end of turn kept)."""
+    """Sequences of prompts, each with an answer drawn from ``model``, its end of turn kept.
+
+    An answer has at most ``length`` tokens, and ``max_length`` with its prompt; a prompt as long as that is left out.
+    """
+    prompts = [prompt for prompt in prompts if len(prompt) < max_length]
     if not prompts:
         return []
-    answers = model.generate(prompts, max_new_tokens=length, temperature=temperature, batch_size=TOGETHER)
-    pairs = [(prompt, answer[: max_length - len(prompt)]) for prompt, answer in zip(prompts, answers)]
-    return [Sequence(p + a, (False,) * len(p) + (True,) * len(a)) for p, a in pairs if a]
+    limits = [min(length, max_length - len(prompt)) for prompt in prompts]
+    answers = model.generate(
+        prompts, max_new_tokens=length, temperature=temperature, batch_size=TOGETHER, limits=limits
+    )
+    return [Sequence(p + a, (False,) * len(p) + (True,) * len(a)) for p, a in zip(prompts, answers)]
 
 
 def _write(path: Path, lessons: Lessons, tokenizer: Any) -> None:

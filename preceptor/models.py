@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
@@ -41,7 +42,8 @@ class LanguageModel(nn.Module):
     many ids the tokenizer has; rows of the head beyond it are padding and are sliced off wherever logits are made.
 
     Raises:
-        UserError: the tokenizer has more ids than the head has rows, or the model has no output head.
+        UserError: the tokenizer has more ids than the head has rows, or the model has no output head, or no cache to
+            write with.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any) -> None:
@@ -53,6 +55,11 @@ class LanguageModel(nn.Module):
         output: Any = self.causal.get_output_embeddings()  # type: ignore[no-untyped-call]
         if output is None:
             raise UserError(f"{type(self.causal).__name__} has no output head: give a causal language model.")
+        if "past_key_values" not in inspect.signature(self.causal.base_model.forward).parameters:
+            raise UserError(
+                f"{type(self.causal).__name__} cannot write here, since its forward takes no past_key_values: give a "
+                "causal language model with attention."
+            )
         self.rows = int(output.weight.shape[0])
         if self.rows < self.vocabulary:
             raise UserError(
@@ -133,8 +140,11 @@ class LanguageModel(nn.Module):
         top_k: int = 0,
         top_p: float = 1.0,
         batch_size: int = 32,
+        limits: Sequence[int] | None = None,
     ) -> list[tuple[int, ...]]:
         """Continue every prompt: the new ids only, with the end-of-turn token kept. Temperature 0 is greedy.
+
+        ``limits``: the most tokens for each prompt, at least 1, in place of ``max_new_tokens``.
 
         Draws come from torch's global generator. Exactly the model's distribution at that temperature is sampled: the
         checkpoint's own generation settings (repetition penalty, top-p) are not applied, except its stop tokens. One
@@ -145,7 +155,9 @@ class LanguageModel(nn.Module):
         """
         sampling = Sampling(max_new_tokens, temperature, top_k, top_p)
         with torch.no_grad(), in_evaluation(self), gathered(self):
-            return sample(self, prompts, sampling, stop=self.stop_ids, batch_size=batch_size, device=self.device)
+            return sample(
+                self, prompts, sampling, stop=self.stop_ids, batch_size=batch_size, device=self.device, limits=limits
+            )
 
     @property
     def stop_ids(self) -> frozenset[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -38,13 +39,19 @@ class Objective:
         for name, value in (("beta", self.beta), ("alpha", self.alpha)):
             if not 0.0 <= value <= 1.0:
                 raise UserError(f"objective.{name} is {value}; choose a value in [0, 1].")
-        if self.temperature <= 0:
-            raise UserError(f"objective.temperature is {self.temperature}; choose a temperature above 0.")
-        if min(self.weight, self.label_weight) < 0 or self.weight + self.label_weight == 0:
+        if not 0 < self.temperature < math.inf:
+            raise UserError(f"objective.temperature is {self.temperature}; choose a finite temperature above 0.")
+        weights = (self.weight, self.label_weight)
+        if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
             raise UserError("objective.weight and objective.label_weight must be 0 or more, and one of them above 0.")
 
-    def against(self, said: SoftTargets | None, batch: Batch) -> Callable[[Tensor, Head], Loss]:
-        """The loss of the student's hidden states (batch, length, width) and head, against what the teacher said."""
+    def against(
+        self, said: SoftTargets | None, batch: Batch, labels: Tensor | None = None
+    ) -> Callable[[Tensor, Head], Loss]:
+        """The loss of the student's hidden states (batch, length, width) and head, against what the teacher said.
+
+        ``labels``: (batch, length) int64 in place of the batch's own, -100 where there is none.
+        """
         return partial(
             divergence,
             teacher=said,
@@ -53,7 +60,7 @@ class Objective:
             alpha=self.alpha,
             temperature=self.temperature,
             mask=batch.predicts,
-            labels=batch.labels,
+            labels=batch.labels if labels is None else labels,
             weight=self.weight,
             label_weight=self.label_weight,
         )

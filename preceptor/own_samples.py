@@ -6,6 +6,7 @@ adaptive off-policy schedule of DistiLLM (Ko et al. 2024, https://arxiv.org/abs/
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -35,10 +36,10 @@ class OwnSamples:
         """Refuse a share that is no probability, before anything is loaded."""
         if not 0.0 <= self.share <= 1.0:
             raise UserError(f"own.share is {self.share}; choose a probability in [0, 1].")
-        if self.temperature <= 0:
-            raise UserError(f"own.temperature is {self.temperature}; choose a temperature above 0.")
+        if not 0 < self.temperature < math.inf:
+            raise UserError(f"own.temperature is {self.temperature}; choose a finite temperature above 0.")
         if self.adaptive and self.share:
-            raise UserError("own.adaptive sets the share by itself; leave own.share at 0.")
+            raise UserError("own.adaptive sets the share by itself; set own.share to 0.")
 
 
 class OwnShare:
@@ -101,6 +102,11 @@ class OwnShare:
         if not self.own.adaptive:
             return self.own.share
         return self.threshold if len(self.buffer) < BUFFER else self.threshold * (1 - progress)
+
+    @property
+    def share(self) -> float:
+        """λ, or φ as it stands."""
+        return self.threshold if self.own.adaptive else self.own.share
 
     def see(self, loss: float) -> None:
         """Raise φ by 0.1 when the held-out loss has risen by 0.1 since the first one, or since φ was last raised."""

@@ -118,6 +118,7 @@ class Run:
         self.step = 0
         self._total = training.steps
         self._remembered: dict[str, Stateful] = {}
+        self._apart: set[str] = set()
         self._waiting: dict[str, Any] = {}
         self._line: Line | None = None
         self._indices: list[int] = []
@@ -274,9 +275,17 @@ class Run:
             self._line |= {"count_per_second": measured["count"] / seconds}
             self._begun = time.perf_counter()
 
-    def remember(self, name: str, thing: Stateful) -> None:
-        """Puts the state of `thing` into checkpoints; in a resumed run it gets its state back here, at once."""
+    def remember(self, name: str, thing: Stateful, *, apart: bool = False) -> None:
+        """Puts the state of `thing` into checkpoints; in a resumed run it gets its state back here, at once.
+
+        Args:
+            name: of the state.
+            thing: what has it.
+            apart: it differs from process to process, and each keeps its own; else that of the main one is kept.
+        """
         self._remembered[name] = thing
+        if apart:
+            self._apart.add(name)
         if name in self._waiting:
             thing.load_state_dict(self._waiting.pop(name))
 
@@ -296,9 +305,11 @@ class Run:
         return {name: checkpoint.full(value) for name, value in self.unwrapped.state_dict().items()}
 
     def finish(self) -> None:
-        """Ends the last step, saves, and closes what is open."""
+        """Ends the last step, saves, and closes what is open; the modules are out of autocast from here on."""
         self._close_step()
         self._save()
+        for learner in self._learners.values():
+            learner.release()
         self._bar.close()
         if self._metrics is not None:
             self._metrics.close()
@@ -355,9 +366,11 @@ class Run:
             learner.take_state(tensors)
         states = distribution.gather_objects(checkpoint.random_state(), self.accelerator)
         things = {name: thing.state_dict() for name, thing in self._remembered.items()}
+        apart = distribution.gather_objects({name: things.pop(name) for name in self._apart}, self.accelerator)
         header: dict[str, Any] = {
             "random": checkpoint.take_tensors(states, "random", tensors),
             "remembered": checkpoint.take_tensors(things, "remembered", tensors),
+            "apart": checkpoint.take_tensors(apart, "apart", tensors),
             "frozen": self._frozen,
         }
         if self._metrics is not None:
@@ -376,10 +389,11 @@ class Run:
             raise UserError(f"The frozen weights are not those {path} was trained on: resume with the same base model.")
         for learner in self._learners.values():
             learner.put_state(tensors)
-        states = checkpoint.put_tensors(header["random"], tensors)
+        rank, states = self.accelerator.process_index, checkpoint.put_tensors(header["random"], tensors)
         if len(states) == self.accelerator.num_processes:
-            self._random = states[self.accelerator.process_index]
-        self._waiting = checkpoint.put_tensors(header["remembered"], tensors)
+            self._random = states[rank]
+        apart = checkpoint.put_tensors(header.get("apart", []), tensors) or [{}]
+        self._waiting = checkpoint.put_tensors(header["remembered"], tensors) | apart[rank % len(apart)]
         self.step = self._saved = header["step"]
         length: int = header["metrics_bytes"]
         return length

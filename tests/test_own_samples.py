@@ -17,7 +17,7 @@ class Writer:
     def __init__(self) -> None:
         self.calls: list[int] = []
 
-    def generate(self, prompts, *, max_new_tokens, temperature, batch_size):
+    def generate(self, prompts, *, max_new_tokens, temperature, batch_size, limits):
         self.calls.append(len(prompts))
         return [(7, 8)] * len(prompts)
 

@@ -234,6 +234,26 @@ def test_bf16_runs_the_forward_under_autocast(tmp_path: Path) -> None:
         assert all(p.dtype == torch.float32 for p in run.unwrapped.parameters())
 
 
+def test_a_finished_student_answers_in_its_own_precision_and_may_learn_again(tmp_path: Path) -> None:
+    x, _ = material(dtype=torch.float32)
+    student = network(dtype=torch.float32)
+    for name in ("first", "second"):
+        run = Run(Training(steps=2, precision="bf16"), student=student, folder=tmp_path / name)
+        for rows in run.batches(range(40), list):
+            out = run.student(x[rows])
+            run.update(out.square().sum(), len(rows))
+        assert not torch.equal(student(x), network_of(student)(x))
+        run.finish()
+        assert torch.equal(student(x), network_of(student)(x))
+
+
+def network_of(student: nn.Module) -> nn.Sequential:
+    """A new network with these weights."""
+    copy = network(dtype=torch.float32)
+    copy.load_state_dict(student.state_dict())
+    return copy
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_weights(tmp_path: Path) -> None:
     x, y = material()
     x[13] = float("inf")

@@ -18,6 +18,7 @@ Decided here, where the sources differ or are silent:
 * λ is drawn for each example, not once for a batch, so that a step's loss does not jump between two kinds of text.
 * No gradient flows through sampling (as in the paper). One batched generation serves a whole optimizer step.
 * The loss is a mean over tokens of the whole step, over micro-batches and processes.
+* Labels are the tokens of given answers: what the student wrote itself is distilled, not imitated.
 * β = 0 and β = 1 are the forward and the reverse KL themselves (TRL's convention); the scale of JSD(β) vanishes towards
   both ends, so the learning rate must follow β: see ``losses.divergences``.
 * Missing answers can be left to the teacher, who writes them before training starts, into ``lessons.jsonl``.
@@ -49,7 +50,7 @@ from preceptor.cache import Cache
 from preceptor.cache.header import Header
 from preceptor.course_pictures import draw_law
 from preceptor.data import Batch, Sequence, collate
-from preceptor.departure import Watcher
+from preceptor.departure import NEEDED, Watcher, readable
 from preceptor.errors import UserError
 from preceptor.evaluation import LABELS_ONLY, TAUGHT, UNTAUGHT, Table, examine
 from preceptor.folder import check_folder
@@ -57,6 +58,7 @@ from preceptor.lessons import Lessons, Text, prepare
 from preceptor.models import LanguageModel, in_evaluation, load, same_tokenizer, template_hash, tokenizer_hash
 from preceptor.objective import LABELS, Objective
 from preceptor.own_samples import OwnSamples, OwnShare
+from preceptor.phrased import Reader
 from preceptor.student import make_student
 from preceptor.teacher import CachedTeacher, Teacher, answer_online
 from preceptor.training import Run, Training
@@ -101,11 +103,22 @@ class Config:
             raise UserError("A cache holds what the teacher said of given text, not of own samples: leave cache empty.")
         if self.own.adaptive and not self.training.evaluate_every:
             raise UserError("own.adaptive follows the held-out loss: set training.evaluate_every.")
+        if not self.objective.weight and (self.own.share or self.own.adaptive):
+            raise UserError(
+                "Labels alone teach nothing on the student's own samples: set own.share to 0, or objective.weight "
+                "above 0."
+            )
         steady = self.training.schedule == "constant" and self.training.evaluate_every > 0
         if self.watch_hacking and (not steady or self.objective.label_weight or not self.objective.weight):
             raise UserError(
                 "watch_hacking reads the distance to the teacher at a constant learning rate: give training.schedule "
                 "constant, training.evaluate_every, and an objective without labels."
+            )
+        steps = self.training.steps
+        if self.watch_hacking and steps is not None and (count := readable(self.training, steps)) < NEEDED:
+            raise UserError(
+                f"watch_hacking needs {NEEDED} evaluations after the warm-up, and this run has {count}: lower "
+                "training.evaluate_every, or raise training.steps."
             )
 
 
@@ -141,19 +154,21 @@ paper = Config(
 def teach(run: Run, student: LanguageModel, said: Teacher | None, lessons: Lessons, config: Config) -> Watcher:
     """The loop. ``said`` answers for each batch; None teaches by labels alone. Returns who watched."""
     own, watcher = OwnShare(config.own), Watcher(config.training)
-    run.remember("own", own)
+    run.remember("own", own, apart=True)
     run.remember("watcher", watcher)
-    batches = partial(collate, pad_id=student.pad_id)
+    batches, reader = partial(collate, pad_id=student.pad_id), Reader(student, None)
     for examples in run.steps(lessons.train):
-        examples = own.mix(student, examples, config.text, progress=run.step / run.total)
-        for batch in run.split(examples, batches):
-            knowledge = said(batch) if said else None
-            loss = run.student(batch, config.objective.against(knowledge, batch))
+        given = {id(example) for example in examples}
+        mixed = own.mix(student, examples, config.text, progress=run.step / run.total)
+        marked = [reader.lesson(sequence, given=id(sequence) in given) for sequence in mixed]
+        for batch in run.split(marked, reader.collate):
+            knowledge = said(batch.text) if said else None
+            loss = run.student(batch.text, config.objective.against(knowledge, batch.text, batch.labels))
             run.update(loss.sum, loss.count, loss.parts)
         if run.evaluate_due:
             held_out = held_out_loss(run, said, lessons.exam, batches, config)
-            run.log(held_out_loss=held_out)
             own.see(held_out)
+            run.log(held_out_loss=held_out, own_share=own.share)
             verdict = watcher.see(run.step, held_out, total=run.total)
             if config.watch_hacking and verdict.flagged is not None:
                 run.log(left_power_law_at=verdict.flagged)
@@ -262,6 +277,7 @@ def _taught_by_labels(config: Config, teacher: LanguageModel, lessons: Lessons) 
         cache="",
         output=str(Path(config.output) / "labels"),
         labels_arm=False,
+        watch_hacking=False,
     )
     # The teacher may lie in shards by now, which cannot be copied.
     student = make_student(config.student, load(config.teacher), seed=config.training.seed)

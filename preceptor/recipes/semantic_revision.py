@@ -15,10 +15,11 @@ https://arxiv.org/abs/2407.10068
 Each of the three works alone by its weight, or with ``correction.rounds``. The paper's equations and code are not
 public; what is reconstructed is said in those modules. Decided here beyond them:
 
-* A step's loss is the mean over its response tokens of cross-entropy and DAC-KL, and the mean over its pairs of the
-  span term. Cross-entropy is taken on given answers only: the student's own are distilled, not imitated.
+* A step's loss is the mean of DAC-KL over its response tokens, of cross-entropy over those of given answers (the
+  student's own are distilled, not imitated), and of the span term over its pairs.
 * Whether the student answers an example itself is drawn with ``own.share``, or follows DistiLLM's adaptive schedule
-  with its replay buffer, which then holds corrected samples.
+  with its replay buffer, which then holds corrected samples. The held-out loss that the schedule follows has the whole
+  KL in DAC-KL's place, which f_sub moves by itself.
 * f_sub has an optimizer of its own; it is part of the run's resumable state and not of the student that is saved.
 * ``clipping.mode = "off"`` gives the plain divergence ``divergence`` in DAC-KL's place.
 * K = 256 classes are considered: on SmolLM2's own samples the 64 likeliest hold less than ρ = 0.9 of the mass at a
@@ -33,6 +34,7 @@ Command: ``preceptor run semantic_revision --teacher smollm2 --student teacher:l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -80,7 +82,8 @@ class Weights:
 
     def __post_init__(self) -> None:
         """Refuse weights that leave nothing to learn."""
-        if min(self.labels, self.divergence, self.spans) < 0 or self.labels + self.divergence + self.spans == 0:
+        weights = (self.labels, self.divergence, self.spans)
+        if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
             raise UserError("The weights must be 0 or more, and one of them above 0.")
 
 
@@ -121,6 +124,11 @@ class Config:
         """Refuse settings that contradict each other."""
         if self.own.adaptive and not self.training.evaluate_every:
             raise UserError("own.adaptive follows the held-out loss: set training.evaluate_every.")
+        if not self.weights.divergence and not self.weights.spans and (self.own.share or self.own.adaptive):
+            raise UserError(
+                "Labels alone teach nothing on the student's own samples: set own.share to 0, or weights.divergence or "
+                "weights.spans above 0."
+            )
         if self.training.shard:
             raise UserError(
                 "semantic_revision cuts the student's key cache, which a sharded model forbids: set training.shard to "
@@ -157,14 +165,23 @@ paper = Config(
 )
 
 
-def terms(
-    config: Config, said: SoftTargets | None, batch: Phrased, f_sub: Quantiles | None, share: float
-) -> Callable[[Tensor, Head], tuple[Loss, Classes | None]]:
-    """The objective of a batch's hidden states and head, and what f_sub learns from.
+@dataclass(frozen=True)
+class Scales:
+    """Response tokens a token of a given answer, and a pair, over a step and all processes; 0 where there is none.
 
-    ``share``: tokens a pair over the whole step, which makes of a sum over pairs, divided by tokens, a mean over pairs.
+    They make of a sum over given tokens or pairs, divided by all tokens, a mean over given tokens or pairs.
     """
+
+    labels: float
+    spans: float
+
+
+def terms(
+    config: Config, said: SoftTargets | None, batch: Phrased, f_sub: Quantiles | None, scales: Scales
+) -> Callable[[Tensor, Head], tuple[Loss, Classes | None]]:
+    """The objective of a batch's hidden states and head, and what f_sub learns from."""
     weights, mask = config.weights, batch.text.predicts
+    label_weight = weights.labels * scales.labels
 
     def at(hidden: Tensor, head: Head) -> tuple[Loss, Classes | None]:
         classes = None
@@ -177,7 +194,7 @@ def terms(
                 mask=mask,
                 labels=batch.labels,
                 weight=weights.divergence,
-                label_weight=weights.labels,
+                label_weight=label_weight,
             )
         else:
             loss, classes = clipped_kl(
@@ -190,14 +207,15 @@ def terms(
                 quantiles=f_sub,
                 labels=batch.labels,
                 weight=weights.divergence,
-                label_weight=weights.labels,
+                label_weight=label_weight,
             )
+        loss = loss._replace(parts={**loss.parts, "cross_entropy": loss.parts["cross_entropy"] * scales.labels})
         if weights.spans and said is not None:
-            factor = weights.spans * share
+            factor = weights.spans * scales.spans
             span = span_consistency(
                 hidden, head, said, batch.pairs, mask=mask, weight=factor, squared=config.squared_spans
             )
-            loss = _with_span(loss, span, share)
+            loss = _with_span(loss, span, scales.spans)
         return loss, classes
 
     return at
@@ -215,46 +233,47 @@ def _with_span(loss: Loss, span: Loss, share: float) -> Loss:
 def teach(run: Run, reader: Reader, said: Teacher | None, lessons: Lessons, config: Config) -> None:
     """The loop. ``said`` answers for each batch; None teaches by labels alone. ``reader`` knows the student."""
     own = OwnShare(config.own)
-    run.remember("own", own)
+    run.remember("own", own, apart=True)
     f_sub, bare = run.modules.get("f_sub"), _quantiles_of(run)
     for examples in run.steps(lessons.train):
         seen: list[Corrected] = []
-        with run.accelerator.autocast():
-            revise = partial(_revise, reader.student, said, config, seen)
-            mixed = own.mix(reader.student, examples, config.text, progress=run.step / run.total, revise=revise)
+        revise = partial(_revise, run, reader, said, config, seen)
+        mixed = own.mix(reader.student, examples, config.text, progress=run.step / run.total, revise=revise)
         given = {id(example) for example in examples}
         marked = [reader.lesson(sequence, given=id(sequence) in given) for sequence in mixed]
-        share = _tokens_a_pair(run, marked)
+        scales = _scales(run, marked)
         for batch in run.split(marked, reader.collate):
             knowledge = said(batch.text) if said else None
-            loss, classes = run.student(batch.text, terms(config, knowledge, batch, bare, share))
+            loss, classes = run.student(batch.text, terms(config, knowledge, batch, bare, scales))
+            run.update(loss.sum, loss.count, loss.parts)
+            # After the student, whose guard stops the run before f_sub has moved.
             if f_sub is not None and classes is not None:
                 guide = quantile_loss(classes, f_sub, config.clipping)
                 run.update(guide.sum, guide.count, guide.parts, module="f_sub")
-            run.update(loss.sum, loss.count, loss.parts)
         run.log(**_told(seen))
         if run.evaluate_due:
             held_out = held_out_loss(run, said, lessons.exam, reader, config)
-            run.log(held_out_loss=held_out)
             own.see(held_out)
+            run.log(held_out_loss=held_out, own_share=own.share)
     run.finish()
 
 
 def _revise(
-    student: LanguageModel, said: Teacher | None, config: Config, seen: list[Corrected], written: list[Sequence]
+    run: Run, reader: Reader, said: Teacher | None, config: Config, seen: list[Corrected], written: list[Sequence]
 ) -> list[Sequence]:
     """What the student wrote, corrected; what was found is put into ``seen``."""
     if said is None or not config.correction.rounds:
         return written
     text = config.text
     done = correct(
-        student,
+        reader.student,
         said,
         written,
         config.correction,
         length=text.answer_length,
         max_length=text.max_length,
         temperature=config.own.temperature,
+        autocast=run.accelerator.autocast,
     )
     seen.append(done)
     return done.sequences
@@ -268,26 +287,28 @@ def _told(seen: list[Corrected]) -> dict[str, float]:
     return {"corrections": corrected, "no_candidate": sum(d.without for d in seen) / sum(d.tried for d in seen)}
 
 
-def _tokens_a_pair(run: Run, lessons: list[Lesson]) -> float:
-    """Predicted response tokens a pair, over the step and all processes; 0 without a pair."""
-    tokens = sum(sum(lesson.sequence.response[1:]) for lesson in lessons)
-    counts = torch.tensor([tokens, sum(len(lesson.pairs) for lesson in lessons)], device=run.device)
-    tokens, found = run.accelerator.reduce(counts, reduction="sum").tolist()
-    return tokens / found if found else 0.0
+def _scales(run: Run, lessons: list[Lesson]) -> Scales:
+    """The scales of one step's lessons, of which this process has a share."""
+    tokens = [sum(lesson.sequence.response[1:]) for lesson in lessons]
+    given = sum(count for count, lesson in zip(tokens, lessons) if lesson.given)
+    counts = torch.tensor([sum(tokens), given, sum(len(lesson.pairs) for lesson in lessons)], device=run.device)
+    every, given, pairs = run.accelerator.reduce(counts, reduction="sum").tolist()
+    return Scales(every / given if given else 0.0, every / pairs if pairs else 0.0)
 
 
 @torch.no_grad()
 def held_out_loss(run: Run, said: Teacher | None, exam: list[Sequence], reader: Reader, config: Config) -> float:
-    """The objective's mean over the tokens (and pairs) of the held-out text."""
+    """The objective's mean over the tokens (and pairs) of the held-out text, with the whole KL in DAC-KL's place."""
     total = count = 0.0
     lessons = [reader.lesson(sequence, given=True) for sequence in exam]
-    share = _tokens_a_pair(run, lessons)
+    scales = _scales(run, lessons)
     with in_evaluation(run.student):
         for start in range(0, len(exam), config.training.batch_size):
             batch = reader.collate(lessons[start : start + config.training.batch_size]).to(run.device)
             knowledge = said(batch.text) if said else None
-            loss, _ = run.student(batch.text, terms(config, knowledge, batch, _quantiles_of(run), share))
-            total, count = total + float(loss.sum), count + float(loss.count)
+            loss, _ = run.student(batch.text, terms(config, knowledge, batch, _quantiles_of(run), scales))
+            tail = loss.parts["kl"] - loss.parts["divergence"] if "kl" in loss.parts else 0.0
+            total, count = total + float(loss.sum + config.weights.divergence * tail), count + float(loss.count)
     return total / count
 
 

@@ -9,6 +9,7 @@ import torch
 from preceptor import cli
 from preceptor.data import Sequence, collate
 from preceptor.errors import UserError
+from preceptor.evaluation import LABELS_ONLY
 from preceptor.knowledge import HiddenTargets
 from preceptor.lessons import Lessons, Text
 from preceptor.models import LanguageModel, load
@@ -109,10 +110,10 @@ def test_share_zero_is_plain_distillation_and_share_one_is_not(tmp_path, tokeniz
 def test_the_adaptive_schedule_sees_the_held_out_loss(tmp_path, tokenizer):
     config = Config(own=OwnSamples(adaptive=True), training=replace(TRAINING, evaluate_every=3))
     run(tmp_path, tokenizer, config, FrozenTeacher(small(tokenizer, 2)))
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    seen = [line["held_out_loss"] for line in lines if "held_out_loss" in line]
+    seen = [line for line in lines(tmp_path) if "held_out_loss" in line]
     assert len(seen) == 4
-    assert seen[-1] < seen[0]
+    assert seen[-1]["held_out_loss"] < seen[0]["held_out_loss"]
+    assert [line["own_share"] for line in seen] == [0.0] * 4
 
 
 def test_a_recital_repeats_the_teacher_and_the_control_does_not(tokenizer):
@@ -131,6 +132,23 @@ def test_settings_that_contradict_each_other_are_refused():
         Config(cache="somewhere", own=OwnSamples(share=0.5))
     with pytest.raises(UserError, match=r"training\.evaluate_every"):
         Config(own=OwnSamples(adaptive=True))
+
+
+def test_own_samples_are_no_labels(tmp_path, tokenizer):
+    """The cross-entropy counts given answers only, and labels alone with own samples are refused."""
+    text = Text(answer_length=4, max_length=16)
+    for share in (0.0, 1.0):
+        config = Config(
+            training=replace(TRAINING, steps=2),
+            text=text,
+            own=OwnSamples(share=share),
+            objective=Objective(label_weight=1.0),
+        )
+        run(tmp_path / str(share), tokenizer, config, FrozenTeacher(small(tokenizer, 2)))
+        seen = [line["cross_entropy"] for line in lines(tmp_path / str(share))]
+        assert all(value == 0.0 for value in seen) == (share == 1.0)
+    with pytest.raises(UserError, match=r"set own\.share to 0"):
+        Config(own=OwnSamples(share=1.0), objective=Objective(weight=0.0, label_weight=1.0))
 
 
 def test_a_cache_of_the_lessons_teaches_as_the_teacher_does(tmp_path, tokenizer, capsys):
@@ -180,10 +198,10 @@ def test_a_lora_student_is_taught_by_its_own_base(tmp_path, tokenizer):
         training=TRAINING,
     )
     table = main(config)
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert abs(lines[0]["divergence"]) < 1e-6
-    assert lines[-1]["divergence"] > 1e-6
-    assert lines[-1]["cross_entropy"] < lines[0]["cross_entropy"]
+    seen = lines(tmp_path)
+    assert abs(seen[0]["divergence"]) < 1e-6
+    assert seen[-1]["divergence"] > 1e-6
+    assert seen[-1]["cross_entropy"] < seen[0]["cross_entropy"]
     assert table is not None
     base, merged = load(str(tmp_path / "teacher")), load(str(tmp_path / "run" / "student"))
     assert torch.equal(base.head.weight, merged.head.weight)  # the head carries no adapter
@@ -204,12 +222,50 @@ def test_a_watched_run_says_where_it_left_its_power_law(tmp_path, tokenizer, mon
     assert marked(tmp_path) == [(24, 20), (26, 20), (28, 20), (30, 20)]
 
 
-def test_an_unwatched_run_marks_nothing_and_a_short_one_has_no_verdict(tmp_path, tokenizer):
-    config = Config(training=replace(WATCHED, steps=8), watch_hacking=True, output=str(tmp_path / "run"))
+def test_an_unwatched_run_marks_nothing(tmp_path, tokenizer, monkeypatch):
+    losses = (step**-0.5 * (2 if step >= 20 else 1 + step % 4 / 1000) for step in range(2, 31, 2))
+    monkeypatch.setattr("preceptor.recipes.gkd.held_out_loss", lambda *_: next(losses))
+    watcher, _ = watched(tmp_path, tokenizer, Config(training=WATCHED, output=str(tmp_path / "run")))
+    assert watcher.verdict.flagged == 20
+    assert not marked(tmp_path)
+
+
+def test_a_run_that_turns_out_too_short_has_no_verdict(tmp_path, tokenizer):
+    training = replace(WATCHED, steps=None, epochs=2.0)
+    config = Config(training=training, watch_hacking=True, output=str(tmp_path / "run"))
     watcher, _ = watched(tmp_path, tokenizer, config)
     assert watcher.verdict.reason.startswith("insufficient data")
     assert [step for step, _ in watcher.points] == [2, 4, 6, 8]
     assert not marked(tmp_path)
+
+
+def test_a_run_too_short_to_be_watched_is_refused():
+    with pytest.raises(UserError, match="needs 9 evaluations after the warm-up, and this run has 4"):
+        Config(training=replace(WATCHED, steps=8), watch_hacking=True)
+
+
+def test_a_watched_run_with_a_labels_arm_goes_through_and_says_its_verdict(tmp_path, tokenizer, capsys):
+    small(tokenizer, 2).save(tmp_path / "teacher")
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"Say {n}.", "completion": f"{n}!"}) + "\n" for n in range(12)))
+    config = Config(
+        teacher=str(tmp_path / "teacher"),
+        student="teacher:layers=1",
+        teacher_dtype="float32",
+        text=Text(source=str(data), held_out=2, answer_length=4),
+        labels_arm=True,
+        watch_hacking=True,
+        output=str(tmp_path / "run"),
+        training=replace(TRAINING, steps=18, evaluate_every=2),
+    )
+    table = main(config)
+    assert table is not None
+    assert LABELS_ONLY in table.columns
+    told = capsys.readouterr().out
+    assert "its power law" in told
+    assert (tmp_path / "run" / "pictures" / "hacking.png").is_file()
+    main(replace(config, resume=True))
+    assert next(line for line in told.splitlines() if "power law" in line) in capsys.readouterr().out
 
 
 def test_the_watch_of_a_stopped_run_goes_on(tmp_path, tokenizer, monkeypatch):
@@ -237,9 +293,12 @@ def watched(tmp_path, tokenizer, config):
     return teach(engine, student, said, lessons, config), engine
 
 
+def lines(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
 def marked(tmp_path):
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["left_power_law_at"]) for line in lines if "left_power_law_at" in line]
+    return [(line["step"], line["left_power_law_at"]) for line in lines(tmp_path) if "left_power_law_at" in line]
 
 
 @pytest.mark.parametrize(

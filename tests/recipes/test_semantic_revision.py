@@ -1,6 +1,7 @@
 """What is semantic revision's own: its three terms, each alone; f_sub, in the run and not in the student; its door."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,19 +10,30 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from preceptor.chunks import plain_phrases
-from preceptor.correction import Correction
+from preceptor.correction import Correction, correct
 from preceptor.data import Sequence, collate
 from preceptor.errors import UserError
 from preceptor.knowledge import LogitTargets
 from preceptor.lessons import Lessons, Text
 from preceptor.losses.clipped import Clipping
 from preceptor.memory import memory_needed
-from preceptor.models import LanguageModel
-from preceptor.own_samples import OwnSamples
+from preceptor.models import LanguageModel, load
+from preceptor.own_samples import OwnSamples, OwnShare
 from preceptor.phrased import Reader
-from preceptor.recipes.semantic_revision import TRAINING, Config, Weights, main, paper, start, teach, terms
+from preceptor.recipes.semantic_revision import (
+    TRAINING,
+    Config,
+    Scales,
+    Weights,
+    held_out_loss,
+    main,
+    paper,
+    start,
+    teach,
+    terms,
+)
 from preceptor.teacher import FrozenTeacher
-from preceptor.training import Training
+from preceptor.training import NonFiniteLoss, Training
 from tests.small_llama import small_llama
 
 SHORT = Training(steps=6, batch_size=4, learning_rate=3e-3, schedule="constant")
@@ -65,27 +77,29 @@ def weights(checkpoint):
 
 
 def test_the_objective_is_the_sum_of_its_three_terms(tokenizer):
-    """Means over tokens and over pairs, unit weights, from both models' dense distributions in float64."""
+    """Means over tokens, given tokens and pairs, unit weights, from both models' dense distributions in float64."""
     student, teacher = small(tokenizer, 1), small(tokenizer, 2)
     reader = Reader(student, plain_phrases)
     marked = [reader.lesson(one, given=n != 1) for n, one in enumerate(sequences(tokenizer, 5))]
     batch = reader.collate(marked)
     mask = batch.text.predicts
     config = Config(clipping=OFF)
-    tokens, found = int(mask.sum()), len(batch.pairs)
+    tokens, found, given = int(mask.sum()), len(batch.pairs), int((batch.labels >= 0).sum())
     assert found
+    scales = Scales(tokens / given, tokens / found)
     with torch.no_grad():
-        loss, _ = student(batch.text, terms(config, FrozenTeacher(teacher)(batch.text), batch, None, tokens / found))
+        loss, _ = student(batch.text, terms(config, FrozenTeacher(teacher)(batch.text), batch, None, scales))
         z = student.causal(batch.text.input_ids).logits.double()[mask]
         log_q = z.log_softmax(-1)
         log_p = teacher.causal(batch.text.input_ids).logits.double()[mask].log_softmax(-1)
     divergence = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
     labels = batch.labels[mask]
-    entropy = torch.nn.functional.cross_entropy(z, labels, reduction="sum") / tokens
+    entropy = torch.nn.functional.cross_entropy(z, labels)
     p, q = log_p.exp(), log_q.exp()
     spans = [(p[i] * p[i + 1] - q[i] * q[i + 1]).norm() for i in batch.pairs.tolist()]
     expected = float(divergence + entropy + sum(spans) / len(spans))
     assert float(loss.sum / loss.count) == pytest.approx(expected, rel=1e-5)
+    assert float(loss.parts["cross_entropy"] / loss.count) == pytest.approx(float(entropy), rel=1e-5)
     assert int((labels == -100).sum()) == sum(marked[1].sequence.response)
 
 
@@ -135,9 +149,16 @@ def test_f_sub_learns_and_is_not_in_the_student(tmp_path, tokenizer):
     assert not [name for name in load_file(tmp_path / "student" / "model.safetensors") if "f_sub" in name]
 
 
-def test_a_resumed_run_ends_as_one_that_was_never_stopped(tmp_path, tokenizer):
+def rises(own, loss):
+    """In place of ``OwnShare.see``: the share of own samples is a half from the first evaluation on."""
+    own.threshold = 0.5
+
+
+def test_a_resumed_run_ends_as_one_that_was_never_stopped(tmp_path, tokenizer, monkeypatch):
     """Bit by bit: student, f_sub, its optimizer, the replay buffer and the draws."""
-    config = Config(own=OwnSamples(share=0.5), training=replace(SHORT, save_every=3))
+    monkeypatch.setattr(OwnShare, "see", rises)
+    training = replace(SHORT, steps=9, save_every=3, evaluate_every=1)
+    config = Config(own=OwnSamples(adaptive=True), training=training)
     whole = taught(tmp_path / "whole", tokenizer, config)
 
     folder, asked = tmp_path / "halved", 0
@@ -149,7 +170,7 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(tmp_path, tokenizer):
     def tires(batch):
         nonlocal asked
         asked += 1
-        if asked > 9:
+        if asked > 16:
             raise InterruptedError
         return said(batch)
 
@@ -157,13 +178,43 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(tmp_path, tokenizer):
         teach(run, Reader(learner, plain_phrases), tires, lessons, halved)
     again = small(tokenizer, 7)
     run = start(replace(halved, resume=True), again, again)
-    assert 0 < run.step < 6
+    assert 0 < run.step < 9
+    monkeypatch.setattr(OwnShare, "load_state_dict", seen_by(OwnShare.load_state_dict, taken_up := []))
     teach(run, Reader(again, plain_phrases), said, lessons, halved)
+    assert taken_up[0].buffer
     assert all(torch.equal(one, other) for one, other in zip(whole.parameters(), again.parameters(), strict=True))
     files = [weights(max((run / "checkpoints").iterdir())) for run in (tmp_path / "whole", folder)]
     names = [name for name in files[0] if name.startswith("f_sub")]
     assert len(names) > 4
     assert all(torch.equal(files[0][name], files[1][name]) for name in names)
+
+
+def seen_by(method, things):
+    """The method, which first puts the things that it is called on into a list."""
+
+    def seen(self, *args):
+        things.append(self)
+        return method(self, *args)
+
+    return seen
+
+
+def test_the_replay_buffer_holds_corrected_samples(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(OwnShare, "see", rises)
+    found = []
+
+    def corrects(*words, **settings):
+        found.append(correct(*words, **settings))
+        return found[-1]
+
+    monkeypatch.setattr("preceptor.recipes.semantic_revision.correct", corrects)
+    monkeypatch.setattr(OwnShare, "state_dict", seen_by(OwnShare.state_dict, kept := []))
+    config = Config(own=OwnSamples(adaptive=True), training=replace(SHORT, evaluate_every=1))
+    taught(tmp_path / "run", tokenizer, config)
+    corrected = [sequence for done in found for sequence in done.sequences]
+    assert corrected
+    assert kept[-1].buffer == corrected
+    assert [line["own_share"] for line in lines(tmp_path / "run")] == [0.5] * 6
 
 
 def test_a_step_without_a_span_has_none_of_its_loss(tmp_path, tokenizer):
@@ -178,16 +229,100 @@ def test_a_step_without_a_span_has_none_of_its_loss(tmp_path, tokenizer):
     assert [line["span"] for line in lines(tmp_path / "run")] == [0.0, 0.0]
 
 
-def test_accumulation_changes_nothing(tokenizer):
-    """The span term is a mean over the pairs of the step, whatever its micro-batches."""
-    student, said = small(tokenizer, 1), FrozenTeacher(small(tokenizer, 2))
-    reader, config = Reader(student, plain_phrases), Config(clipping=OFF)
-    marked = [reader.lesson(one, given=True) for one in sequences(tokenizer, 6)]
-    parts = [reader.collate(marked), reader.collate(marked[:2]), reader.collate(marked[2:])]
-    share = int(parts[0].text.predicts.sum()) / len(parts[0].pairs)
+def test_accumulation_changes_nothing(tmp_path, tokenizer):
+    """The terms are means over the tokens, given tokens and pairs of the step, whatever its micro-batches."""
+    seen = []
+    for accumulate in (1, 3):
+        config = Config(own=OwnSamples(share=0.5), training=replace(SHORT, steps=3, accumulate=accumulate))
+        taught(tmp_path / str(accumulate), tokenizer, config)
+        seen.append(lines(tmp_path / str(accumulate)))
+    names = ("loss", "divergence", "cross_entropy", "span", "gradient_norm", "f_sub_loss")
+    for one, other in zip(*seen, strict=True):
+        assert all(one[name] == pytest.approx(other[name], rel=1e-3) for name in names)
+
+
+def test_terms_are_logged_as_means_whatever_the_share(tmp_path, tokenizer):
+    """Nothing is learned: at half the share the cross-entropy of given answers is what it is at none."""
+    found = {}
+    for share in (0.0, 0.5):
+        training = replace(SHORT, learning_rate=1e-9, steps=12)
+        config = Config(own=OwnSamples(share=share), training=training, clipping=OFF, correction=Correction(rounds=0))
+        taught(tmp_path / str(share), tokenizer, config)
+        found[share] = [line["cross_entropy"] for line in lines(tmp_path / str(share)) if line["cross_entropy"]]
+    low, high = min(found[0.0]), max(found[0.0])
+    assert all(0.9 * low < value < 1.1 * high for value in found[0.5])
+
+
+def test_the_span_is_a_mean_over_pairs(tmp_path, tokenizer):
+    training = replace(SHORT, learning_rate=1e-9, steps=1, batch_size=12)
+    config = Config(weights=Weights(0.0, 0.0, 1.0), own=OwnSamples(), training=training)
+    student, said = taught(tmp_path / "run", tokenizer, config), small(tokenizer, 2)
+    reader = Reader(student, plain_phrases)
+    batch = reader.collate([reader.lesson(one, given=True) for one in sequences(tokenizer)])
     with torch.no_grad():
-        sums = [float(student(part.text, terms(config, said(part.text), part, None, share))[0].sum) for part in parts]
-    assert sums[0] == pytest.approx(sums[1] + sums[2], rel=1e-5)
+        p, q = (model.causal(batch.text.input_ids).logits[batch.text.predicts].softmax(-1) for model in (said, student))
+    spans = [(p[i] * p[i + 1] - q[i] * q[i + 1]).norm() for i in batch.pairs.tolist()]
+    assert lines(tmp_path / "run")[0]["loss"] == pytest.approx(float(sum(spans) / len(spans)), rel=1e-3)
+
+
+@pytest.mark.parametrize("weights_of", [Weights(), Weights(labels=0.5, divergence=2.0, spans=0.0)])
+def test_the_held_out_loss_has_the_whole_divergence(tmp_path, tokenizer, weights_of):
+    """It does not move with f_sub, which shapes the loss that is minimised."""
+    config = Config(weights=weights_of, own=OwnSamples(), training=SHORT, output=str(tmp_path / "run"), text=TEXT)
+    student, said, exam = small(tokenizer, 1), FrozenTeacher(small(tokenizer, 2)), sequences(tokenizer, 4)
+    run, reader = start(config, student, small(tokenizer, 2)), Reader(student, plain_phrases)
+    first = held_out_loss(run, said, exam, reader, config)
+    with torch.no_grad():
+        for parameter in run.modules["f_sub"].parameters():
+            parameter.fill_(0.3)
+    assert held_out_loss(run, said, exam, reader, config) == pytest.approx(first, abs=1e-5)
+    plain = held_out_loss(run, said, exam, reader, replace(config, clipping=OFF))
+    assert first == pytest.approx(plain, abs=1e-4)
+    labels = replace(config, weights=Weights(1.0, 0.0, 0.0))
+    batch = collate(exam, student.pad_id)
+    with torch.no_grad():
+        logits = student.causal(batch.input_ids).logits[batch.predicts]
+    expected = float(torch.nn.functional.cross_entropy(logits, batch.labels[batch.predicts]))
+    assert held_out_loss(run, None, exam, reader, labels) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_f_sub_has_moved(tmp_path, tokenizer):
+    config = Config(own=OwnSamples(), training=SHORT, output=str(tmp_path / "run"), text=TEXT)
+    student, said = small(tokenizer, 1), small(tokenizer, 2)
+    run = start(config, student, said)
+    before = [parameter.clone() for parameter in run.modules["f_sub"].parameters()]
+    with torch.no_grad():
+        student.head.weight[0, 0] = torch.nan
+    lessons = Lessons(sequences(tokenizer), sequences(tokenizer, 4), [])
+    with pytest.raises(NonFiniteLoss, match="The student's loss is nan at step 1"):
+        teach(run, Reader(student, plain_phrases), FrozenTeacher(said), lessons, config)
+    assert all(torch.equal(old, new) for old, new in zip(before, run.modules["f_sub"].parameters(), strict=True))
+
+
+def test_a_student_taught_in_half_precision_is_evaluated_in_full(tmp_path, tokenizer):
+    """In memory it says what it says once it is saved and loaded, bit by bit."""
+    config = Config(own=OwnSamples(share=0.5), training=replace(SHORT, precision="bf16"))
+    student = taught(tmp_path / "run", tokenizer, config).eval()
+    student.save(tmp_path / "student")
+    batch = collate(sequences(tokenizer), student.pad_id)
+    with torch.no_grad():
+        assert torch.equal(student(batch), load(str(tmp_path / "student"))(batch))
+
+
+def test_a_float32_teacher_chooses_in_float32_while_the_student_learns_in_bf16(tmp_path, tokenizer):
+    seen = []
+    said = FrozenTeacher(small(tokenizer, 2))
+
+    def listens(batch):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return said(batch)
+
+    config = Config(own=OwnSamples(share=1.0), training=replace(SHORT, steps=2, precision="bf16"), text=TEXT)
+    student, config = small(tokenizer, 1), replace(config, output=str(tmp_path / "run"))
+    lessons = Lessons(sequences(tokenizer), sequences(tokenizer, 4), [])
+    teach(start(config, student, student), Reader(student, plain_phrases), listens, lessons, config)
+    assert len(seen) == 4
+    assert not any(seen)
 
 
 @pytest.mark.parametrize(
@@ -195,6 +330,7 @@ def test_accumulation_changes_nothing(tokenizer):
     [
         ({"own": OwnSamples(adaptive=True)}, r"training\.evaluate_every"),
         ({"training": replace(TRAINING, shard=True)}, r"training\.shard to False"),
+        ({"weights": Weights(divergence=0.0, spans=0.0)}, r"set own\.share to 0"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings, says):
@@ -205,8 +341,9 @@ def test_settings_that_contradict_each_other_are_refused(settings, says):
 def test_weights_that_leave_nothing_are_refused():
     with pytest.raises(UserError, match="one of them above 0"):
         Weights(0.0, 0.0, 0.0)
-    with pytest.raises(UserError, match="0 or more"):
-        Weights(-1.0)
+    for wrong in (-1.0, math.nan, math.inf):
+        with pytest.raises(UserError, match="0 or more"):
+            Weights(wrong)
 
 
 def test_a_missing_chunker_is_said_before_anything_is_loaded(tmp_path, monkeypatch):
@@ -223,7 +360,8 @@ def test_another_vocabulary_is_refused(tokenizer):
     for weights in (Weights(0.0, 1.0, 0.0), Weights(0.0, 0.0, 1.0)):
         with pytest.raises(UserError, match="vocabulary has 100 entries"):
             student(
-                batch.text, terms(Config(weights=weights, clipping=Clipping(mode="fixed")), other, batch, None, 1.0)
+                batch.text,
+                terms(Config(weights=weights, clipping=Clipping(mode="fixed")), other, batch, None, Scales(1.0, 1.0)),
             )
 
 
@@ -247,7 +385,7 @@ def test_a_lora_student_is_taught_by_its_own_base(tmp_path, tokenizer):
     assert seen[-1]["kl"] > 1e-6
 
 
-def test_the_papers_settings_start(tmp_path, tokenizer):
+def test_the_papers_settings_start(tmp_path, tokenizer, monkeypatch):
     """The same classes at a tiny width, the replay schedule, 512 tokens and all."""
     for name, layers, width in (("teacher", 2, 16), ("student", 1, 8)):
         torch.manual_seed(layers)
@@ -255,6 +393,9 @@ def test_the_papers_settings_start(tmp_path, tokenizer):
             vocab_size=49152, n_embd=width, n_layer=layers, n_head=2, n_positions=512, eos_token_id=2, bos_token_id=1
         )
         LanguageModel(GPT2LMHeadModel(config), tokenizer).save(tmp_path / name)
+    monkeypatch.setattr(OwnShare, "see", rises)
+    monkeypatch.setattr(OwnShare, "state_dict", seen_by(OwnShare.state_dict, kept := []))
+    monkeypatch.setattr("preceptor.own_samples.BUFFER", 2)
     data = tmp_path / "data.jsonl"
     record = {"messages": [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": "The old dog."}]}
     data.write_text("".join(json.dumps(record).replace("it.", f"{n}.") + "\n" for n in range(24)))
@@ -266,10 +407,13 @@ def test_the_papers_settings_start(tmp_path, tokenizer):
         own=replace(paper.own),
         text=replace(paper.text, source=str(data), held_out=8, answer_length=6),
         output=str(tmp_path / "run"),
-        training=replace(paper.training, epochs=None, steps=2, batch_size=4, evaluate_every=1),
+        training=replace(paper.training, epochs=None, steps=4, batch_size=4, evaluate_every=1),
     )
     assert main(config) is not None
-    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2]
+    seen = lines(tmp_path / "run")
+    assert [line["step"] for line in seen] == [1, 2, 3, 4]
+    assert any("corrections" in line for line in seen)
+    assert len(kept[-1].buffer) == 2
 
 
 def test_the_doctor_estimates_its_memory(tmp_path, tokenizer):
