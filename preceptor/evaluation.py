@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence as Listed
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -111,10 +112,19 @@ def main(config: Config) -> None:
         sequences,
         questions=shown,
         title=f"{config.student} beside its teacher",
-        command=f"preceptor evaluate {config.student}",
+        command=_command(config),
         answer_length=config.answer_length,
         seed=config.seed,
     )
+
+
+def _command(config: Config) -> str:
+    """The words that repeat an evaluation: the student, and every setting that is not the default."""
+    words = ["preceptor", "evaluate", config.student]
+    for setting in fields(config)[1:]:
+        value = getattr(config, setting.name)
+        words += [] if value == setting.default else [f"--{setting.name.replace('_', '-')}", str(value)]
+    return shlex.join(words)
 
 
 def examine(

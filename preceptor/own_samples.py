@@ -87,7 +87,7 @@ class OwnShare:
                 mixed.append(example)
         # A sharded student is gathered by all processes together, so one that drew nothing writes too.
         waste = not prompts and torch.distributed.is_initialized()
-        asked = [examples[0].prompt or examples[0].ids] if waste else prompts
+        asked = [examples[0].ids[:1]] if waste else prompts
         written = write_answers(
             student, asked, text.answer_length, max_length=text.max_length, temperature=self.own.temperature
         )

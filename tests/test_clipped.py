@@ -7,7 +7,16 @@ import torch
 
 from preceptor.errors import UserError
 from preceptor.knowledge import Head, HiddenTargets, LogitTargets, TopKTargets
-from preceptor.losses.clipped import Classes, Clipping, Quantiles, clipped_kl, clipped_rows, gates, quantile_loss
+from preceptor.losses.clipped import (
+    Classes,
+    Clipping,
+    Quantiles,
+    clipped_kl,
+    clipped_rows,
+    considered,
+    gates,
+    quantile_loss,
+)
 from preceptor.losses.divergences import forward_kl
 
 V, WIDTH, LEAD = 23, 7, (2, 6)
@@ -173,6 +182,43 @@ def test_it_starts_at_the_quantiles_that_are_given():
     assert torch.equal(Quantiles(Clipping(), classes=V, seed=0).first.weight, f_sub.first.weight)
 
 
+def test_f_sub_is_shown_numbers_of_the_size_that_a_network_starts_from():
+    """Log-probabilities of a vocabulary lie at -10 and below; an Adam step at 1e-3 may not turn the quantiles over."""
+    torch.manual_seed(0)
+    log_p, log_q = (torch.randn(64, 20000).mul(2).log_softmax(-1) for _ in range(2))
+    _, classes = considered(log_p, log_q, log_p.argmax(-1), 256)
+    assert float(classes.features.min()) >= -1
+    assert float(classes.features.max()) <= 0
+    clipping = Clipping()
+    f_sub = Quantiles(clipping, classes=20000, seed=0)
+    optimizer = torch.optim.Adam(f_sub.parameters(), clipping.learning_rate)
+    for _ in range(5):
+        optimizer.zero_grad()
+        quantile_loss(classes, f_sub, clipping).sum.div(64).backward()
+        optimizer.step()
+    lower, upper = f_sub(classes.features)
+    assert float(lower.detach().median()) > 0.003
+    assert float(upper.detach().median()) > 0.95
+
+
+def test_what_is_not_a_number_is_a_loss_that_is_none():
+    """So that the run's own guard speaks, with its step."""
+    hidden, head, teacher, mask, targets = made(dtype=torch.float32)
+    with torch.no_grad():
+        hidden[0, :, 0] = torch.nan
+    clipping = Clipping()
+    f_sub = Quantiles(clipping, classes=V, seed=0)
+    loss, classes = clipped_kl(hidden, head, teacher, clipping, mask=mask, targets=targets, quantiles=f_sub)
+    assert math.isnan(float(loss.sum.detach()))
+    assert math.isnan(float(quantile_loss(classes, f_sub, clipping).sum.detach()))
+
+
+def test_a_lower_quantile_above_its_upper_one_is_found_out():
+    classes = listed(P.float().log().unsqueeze(0), P.float().log().unsqueeze(0))
+    with pytest.raises(AssertionError, match="above its upper"):
+        quantile_loss(classes, lambda features: (torch.tensor([0.6]), torch.tensor([0.5])), Clipping())
+
+
 def test_f_sub_learns_from_the_loss_and_the_student_is_not_reached():
     hidden, head, teacher, mask, targets = made(dtype=torch.float32)
     clipping = Clipping(lower=0.3, upper=0.6, guard=0.0)
@@ -263,6 +309,9 @@ def test_extreme_logits_stay_finite():
         ({"softness": 0.0}, "above 0"),
         ({"least_mass": 1.2}, r"\[0, 1\]"),
         ({"guard": -1.0}, "0 or more"),
+        ({"guard": math.nan}, "finite"),
+        ({"softness": math.inf}, "finite"),
+        ({"lower": math.nan}, "finite"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(wrong, says):

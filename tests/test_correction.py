@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from preceptor.correction import Correction, can_be_cut, correct, differences
 from preceptor.data import Sequence, collate
@@ -228,6 +235,42 @@ def test_an_empty_response_stays():
     assert done.without == 1
     assert done.places[0] == ()
     assert len(done.places[1]) == 1
+
+
+def test_a_text_of_one_token_stays():
+    alone = Sequence((5,), (True,))
+    done = correct(llama(1), FrozenTeacher(llama(2)), [alone], Correction(), length=5)
+    assert done.sequences == [alone]
+    assert (done.without, done.tried) == (1, 1)
+
+
+def hybrid(seed):
+    """A model of convolutions, whose states cannot be cut, and attention."""
+    torch.manual_seed(seed)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": END}
+    model = LanguageModel(
+        Lfm2ForCausalLM(Lfm2Config(**SIZES, **heads, layer_types=["conv", "full_attention"])), Words()
+    )
+    with torch.no_grad():
+        model.causal.get_output_embeddings().weight.mul_(60)
+    return model.eval()
+
+
+def test_recurrent_states_are_read_again():
+    """Rows that have ended cannot be dropped from them, and are written on to no end."""
+    student, teacher = hybrid(1), llama(2)
+    sequences = written(student)
+    assert len({len(sequence.ids) for sequence in sequences}) > 1
+    for sequence in sequences:
+        (again,) = student.generate([sequence.prompt], max_new_tokens=10, temperature=0.0)
+        together = student.generate([sequence.prompt, (3, 4, 5, 6, 7)], max_new_tokens=10, temperature=0.0)
+        assert together[0] == again
+    done = correct(student, FrozenTeacher(teacher), sequences, Correction(), length=10, temperature=0.0)
+    for sequence, places in zip(done.sequences, done.places):
+        start = len(sequence.prompt) + places[0] + 1
+        if len(sequence.ids) > start:
+            expected = student.generate([sequence.ids[:start]], max_new_tokens=9 - places[0], temperature=0.0)[0]
+            assert sequence.ids[start:] == expected
 
 
 def test_no_rounds_change_nothing():

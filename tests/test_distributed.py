@@ -44,6 +44,23 @@ class Reader(nn.Module):
         return self.head(hidden)
 
 
+class Book:
+    """Which process took which step: something that differs from process to process."""
+
+    def __init__(self) -> None:
+        self.rows: list[list[int]] = []
+
+    def note(self, rank: int, step: int) -> None:
+        if [rank, step] not in self.rows:
+            self.rows.append([rank, step])
+
+    def state_dict(self) -> dict[str, list[list[int]]]:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state: dict[str, list[list[int]]]) -> None:
+        self.rows = state["rows"]
+
+
 def learn(
     folder: Path,
     examples: int,
@@ -54,16 +71,21 @@ def learn(
     processes: int = 1,
 ) -> None:
     torch.manual_seed(11)
+    rank = int(os.environ.get("RANK", "0"))
     # Double, since the keys' bias has no gradient but rounding, which Adam would blow up to a step in single precision.
     student, teacher = Reader().double(), Reader().double().requires_grad_(False).eval()
     for parameter in student.parameters():
         # DDP and FSDP2 take the first process's weights, whatever the others were made with.
-        parameter.data += int(os.environ.get("RANK", "0"))
+        parameter.data += rank
     generator = torch.Generator().manual_seed(5)
     data = torch.randint(0, WORDS, (examples, 9), generator=generator)
     lengths = torch.randint(2, 9, (examples,), generator=generator)
     run = Run(training, student=student, folder=folder, resume=resume)
     teacher = run.shard(teacher)
+    book = Book()
+    run.remember("book", book, apart=True)
+    # Each process goes on with the rows that it has seen itself; alone it takes up those of the main one.
+    assert book.rows == [[rank, step] for step in range(run.step)]
     exchanges: list[tuple[int, bool]] = []
     assert run.accelerator.num_processes == processes
     if processes == 2:
@@ -72,6 +94,7 @@ def learn(
     for rows in run.batches(range(examples), list):
         if run.step == stop_at:
             break
+        book.note(rank, run.step)
         if isinstance(run.student, DistributedDataParallel):
             exchanges.append((run.step, run.student.require_backward_grad_sync))
         ids, labels = data[rows, :-1], data[rows, 1:].clone()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from pathlib import Path
 
 import pytest
@@ -375,7 +376,10 @@ def test_the_command_writes_table_samples_and_page(
     data = tmp_path / "held_out.jsonl"
     data.write_text("\n".join(map(json.dumps, lines)))
     main(Config(str(run), data=str(data), answer_length=4, shown=2))
-    made = Table.from_json(json.loads((run / "result.json").read_text())["table"])
+    result = json.loads((run / "result.json").read_text())
+    words = [str(run), "--data", str(data), "--answer-length", "4", "--shown", "2"]
+    assert result["command"] == shlex.join(["preceptor", "evaluate", *words])
+    made = Table.from_json(result["table"])
     assert made.columns == [TEACHER, UNTAUGHT, TAUGHT]
     assert len(json.loads((run / "samples.json").read_text())) == 2
     assert "taught student" in (run / "report.html").read_text()

@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from preceptor.errors import UserError
-from preceptor.lessons import Text, prepare
+from preceptor.lessons import Text, prepare, write_answers
 from preceptor.models import LanguageModel, load
 
 
@@ -87,3 +88,14 @@ def test_prompts_longer_than_the_limit_are_refused(tmp_path, teacher):
             seed=0,
             path=tmp_path / "lessons.jsonl",
         )
+
+
+def test_an_answer_ends_where_the_text_may_end(teacher):
+    """A model of 32 positions is asked for no more of them."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=49152, n_embd=16, n_layer=1, n_head=2, n_positions=32)
+    model = LanguageModel(GPT2LMHeadModel(config), teacher.tokenizer)
+    prompts = [tuple(range(3, 3 + length)) for length in (28, 4, 32, 31)]
+    written = write_answers(model, prompts, 16, max_length=32)
+    assert [sequence.prompt for sequence in written] == [prompts[0], prompts[1], prompts[3]]
+    assert [sum(sequence.response) for sequence in written] == [4, 16, 1]

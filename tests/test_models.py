@@ -14,6 +14,8 @@ from transformers import (
     GPT2Config,
     GraniteConfig,
     LlamaConfig,
+    MambaConfig,
+    MambaForCausalLM,
     PhiConfig,
     PreTrainedTokenizerFast,
 )
@@ -204,6 +206,28 @@ def test_sampling_draws_from_the_models_distribution_at_the_temperature():
 def test_generation_settings_out_of_their_interval_are_refused(setting, message):
     with pytest.raises(UserError, match=message):
         tiny().generate([(1,)], **{"max_new_tokens": 1, **setting})
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_whose_logits_are_not_finite_cannot_write(temperature):
+    model = tiny()
+    with torch.no_grad():
+        model.head.weight[5] = torch.nan
+    with pytest.raises(UserError, match="logits are not finite, so it cannot write"):
+        model.generate([(1,)], max_new_tokens=1, temperature=temperature)
+
+
+def test_a_model_without_a_cache_of_keys_is_refused_by_its_name():
+    config = MambaConfig(vocab_size=100, hidden_size=8, num_hidden_layers=1, state_size=4)
+    with pytest.raises(UserError, match="MambaForCausalLM cannot write here"):
+        LanguageModel(MambaForCausalLM(config), tiny().tokenizer)
+
+
+def test_each_prompt_may_have_a_limit_of_its_own():
+    model, prompts = tiny(), [(1, 9, 40), (1, 30, 31), (77,)]
+    whole = model.generate(prompts, max_new_tokens=6, temperature=0)
+    parts = model.generate(prompts, max_new_tokens=6, temperature=0, limits=[2, 6, 1])
+    assert parts == [answer[:limit] for answer, limit in zip(whole, (2, 6, 1))]
 
 
 def test_an_empty_prompt_is_refused_by_its_number():

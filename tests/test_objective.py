@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -43,6 +45,11 @@ def test_the_temperature_scales_the_divergence(batch):
         ({"temperature": 0.0}, "above 0"),
         ({"weight": 0.0}, "one of them above 0"),
         ({"weight": -1.0, "label_weight": 2.0}, "0 or more"),
+        ({"weight": math.nan}, "0 or more"),
+        ({"label_weight": math.inf}, "0 or more"),
+        ({"temperature": math.nan}, "finite temperature above 0"),
+        ({"temperature": math.inf}, "finite temperature above 0"),
+        ({"alpha": math.nan}, r"objective\.alpha is nan"),
     ],
 )
 def test_what_no_divergence_can_take_is_refused(wrong, says):

@@ -1,5 +1,7 @@
 """Own samples: a constant share, and DistiLLM's adaptive schedule."""
 
+import math
+
 import pytest
 import torch
 
@@ -70,6 +72,23 @@ def test_the_threshold_rises_only_when_the_loss_has_risen():
     assert share.threshold == 1.0
 
 
+def test_the_share_is_the_threshold_where_it_is_adaptive():
+    assert OwnShare(OwnSamples(share=0.3)).share == 0.3
+    own_share = OwnShare(OwnSamples(adaptive=True))
+    assert own_share.share == 0.0
+    for loss in (1.0, 2.0):
+        own_share.see(loss)
+    assert own_share.share == pytest.approx(0.1)
+
+
+def test_what_is_revised_enters_the_buffer():
+    share = OwnShare(OwnSamples(adaptive=True))
+    share.threshold = 1.0
+    better = [Sequence((1, 9), (False, True))]
+    assert share.mix(Writer(), examples(3), TEXT, revise=lambda written: better) == better
+    assert share.buffer == better
+
+
 def test_a_full_buffer_is_replayed_and_its_state_survives():
     torch.manual_seed(0)
     share = OwnShare(OwnSamples(adaptive=True))
@@ -89,8 +108,16 @@ def test_a_full_buffer_is_replayed_and_its_state_survives():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"share": 1.5}, {"share": -0.1}, {"temperature": 0.0}, {"adaptive": True, "share": 0.5}]
+    ("wrong", "says"),
+    [
+        ({"share": 1.5}, "probability"),
+        ({"share": -0.1}, "probability"),
+        ({"share": math.nan}, "probability"),
+        ({"temperature": 0.0}, "above 0"),
+        ({"temperature": math.nan}, "above 0"),
+        ({"adaptive": True, "share": 0.5}, r"set own\.share to 0"),
+    ],
 )
-def test_settings_that_cannot_be_meant_are_refused(wrong):
-    with pytest.raises(UserError):
+def test_settings_that_cannot_be_meant_are_refused(wrong, says):
+    with pytest.raises(UserError, match=says):
         OwnSamples(**wrong)
