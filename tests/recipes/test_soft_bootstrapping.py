@@ -9,17 +9,17 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from preceptor.cache import Cache, CachedTeacher, Plan, Wanted, capture
-from preceptor.data import PLAIN_TEMPLATE, Batch, Sequence, collate
+from preceptor.data import Batch, Sequence, collate, encode_prompt
 from preceptor.errors import UserError
 from preceptor.evaluation import TAUGHT, UNTAUGHT
-from preceptor.hints import Hinted, Prompts, Views, fitted, views
+from preceptor.hints import Hinted, Prompts, Views, fitted
 from preceptor.knowledge import Head, HiddenTargets, LogitTargets
 from preceptor.memory import memory_needed
-from preceptor.models import LanguageModel
-from preceptor.objective import Objective
-from preceptor.questions import Questions, draw
-from preceptor.recipes.soft_bootstrapping import SHORT, Config, bootstrap, main, paper, to_write
-from preceptor.rollouts import Rollout, Tried
+from preceptor.models import LanguageModel, load
+from preceptor.objective import LABELS, Objective
+from preceptor.questions import Questions
+from preceptor.recipes import soft_bootstrapping as recipe
+from preceptor.recipes.soft_bootstrapping import Config, bootstrap, main, paper, to_write
 from preceptor.selection import Rolling
 from preceptor.student import make_student
 from preceptor.tasks import Item
@@ -197,97 +197,10 @@ def test_what_is_too_long_stays_aligned(student, base):
         assert float(found.sum / found.count) == pytest.approx(slow(base, base, [cut], 2.0), rel=1e-4)
 
 
-def attempt(text, tokenizer, correct):
-    return Rollout((*tokenizer(text)["input_ids"], 2), text, "5" if correct else "6", correct)
-
-
-def kept(tokenizer, reply="2 + 3 = 5. \\boxed{5}"):
-    item = Item("q0", "math", "", "", "What is 2 + 3?", "5")
-    rollouts = (attempt("2 + 3 = 6. \\boxed{6}", tokenizer, False), attempt("2 + 3 = 5. \\boxed{5}", tokenizer, True))
-    return Tried(item, rollouts, "kept", right=1, wrong=0, reply=attempt(reply, tokenizer, True))
-
-
-def test_both_views_hold_the_generated_ids_under_the_template(tokenizer):
-    odd = replace(kept(tokenizer).reply, ids=(32, 32, 2))  # no tokenizer would write these ids for a text
-    one = replace(kept(tokenizer), reply=odd)
-    (made,) = views([one], PROMPTS, tokenizer, max_length=512, stop=frozenset({2}))
-    assert made.student.ids[-3:] == made.teacher.ids[-3:] == (32, 32, 2)
-    assert made.student.response == (False,) * (len(made.student.ids) - 3) + (True,) * 3
-    asked, shown = (tokenizer.decode(part.prompt) for part in (made.student, made.teacher))
-    assert asked == (
-        "<|im_start|>system\nAdd.<|im_end|>\n<|im_start|>user\nWhat is 2 + 3?<|im_end|>\n<|im_start|>assistant\n"
-    )
-    assert "Wrong: 2 + 3 = 6. \\boxed{6}\nRight: 2 + 3 = 5. \\boxed{5}<|im_end|>" in shown
-    assert made.student.prompt == PROMPTS.ask(one.item, tokenizer)  # learned as it is asked
-
-
-def test_the_authors_plain_prompt_and_open_end_are_options(tokenizer):
-    plain = replace(PROMPTS, template=False, end_of_turn=False)
-    (made,) = views([kept(tokenizer)], plain, tokenizer, max_length=512, stop=frozenset({2}))
-    assert tokenizer.decode(made.student.ids) == "Add.\n\nWhat is 2 + 3?\n\n2 + 3 = 5. \\boxed{5}"
-    assert "<|im_start|>" in tokenizer.decode(made.teacher.ids)
-    assert made.teacher.response.count(True) == made.student.response.count(True)
-
-
-def test_shots_stand_before_the_question_and_the_hints_own_before_the_hint(tokenizer):
-    asked = tokenizer.decode(SHORT.ask(kept(tokenizer).item, tokenizer))
-    shown = tokenizer.decode(SHORT.show(kept(tokenizer), tokenizer))
-    assert asked.count("<|im_start|>assistant\n") == shown.count("<|im_start|>assistant\n") == 2
-    assert asked.index("= 65. \\boxed{65}<|im_end|>") < asked.index("What is 2 + 3?")
-    assert "Wrong" not in asked
-    assert shown.count("Wrong: ") == 2
-
-
-def test_a_tokenizer_without_a_template_gets_the_plain_one(tokenizer):
-    bare = copy.deepcopy(tokenizer)
-    bare.chat_template = None
-    text = bare.decode(PROMPTS.ask(kept(tokenizer).item, bare))
-    assert PLAIN_TEMPLATE.startswith("{{ bos_token")
-    assert "### System:\nAdd." in text
-    assert text.endswith("### User:\nWhat is 2 + 3?\n\n### Assistant:\n")
-
-
-@pytest.mark.parametrize(
-    ("reply", "leaks"),
-    [
-        ("2 + 3 = 5. \\boxed{5}", False),
-        ("The attempt above is right. \\boxed{5}", True),
-        ("As I was shown, it is \\boxed{5}", True),
-        ("Here is one whose result is wrong, so \\boxed{5}", True),
-        ("Many people are tempted to forget the carry. \\boxed{5}", False),
-    ],
-)
-def test_replies_that_speak_of_the_hint_are_found(reply, leaks):
-    assert (Prompts().leak(reply) is not None) is leaks
-
-
-def test_what_the_prompts_lack_is_said():
-    with pytest.raises(UserError, match=r"has no \{right\}"):
-        Prompts(hint="{question} {wrong}")
-    with pytest.raises(UserError, match="cannot be filled in"):
-        Prompts(hint="{question} {right} \\boxed{}")
-    with pytest.raises(UserError, match=r"prompts\.hint_shots has 1 texts"):
-        Prompts(hint_shots=("a",))
-
-
 def test_views_of_other_replies_are_refused_by_name(student):
     wrong = Views("q7", SHOWN[0].teacher, SHOWN[1].student)
     with pytest.raises(UserError, match="reply to q7 has 4 tokens and the student's 3"):
         Hinted(AdapterOff(student), [wrong], 2)
-
-
-def test_ids_outside_the_vocabulary_are_refused_by_name(tokenizer):
-    strange = replace(kept(tokenizer), reply=replace(kept(tokenizer).reply, ids=(49152, 2)))
-    with pytest.raises(UserError, match="reply to q0 holds the id 49152"):
-        views([strange], PROMPTS, tokenizer, max_length=512, stop=frozenset({2}))
-
-
-def test_an_empty_reply_is_left_out_and_a_long_one_warned_of(tokenizer):
-    empty = replace(kept(tokenizer), reply=Rollout((2,), "", None, False))
-    open_ended = replace(PROMPTS, end_of_turn=False)
-    assert views([empty], open_ended, tokenizer, max_length=512, stop=frozenset({2})) == []
-    with pytest.warns(UserWarning, match="1 of 1 replies and prompts are cut to 12 tokens"):
-        views([kept(tokenizer)], PROMPTS, tokenizer, max_length=12, stop=frozenset({2}))
 
 
 def test_a_cache_says_what_the_teacher_says(student, base, tmp_path):
@@ -323,6 +236,9 @@ def test_the_copy_that_writes_keeps_what_the_adapter_learned(student):
     with torch.no_grad():
         copied = to_write(student, "bfloat16")
         assert next(student.parameters()).dtype == torch.float32
+        assert next(copied.parameters()).dtype == torch.bfloat16
+        for mine, theirs in zip(copied.buffers(), student.buffers(), strict=True):
+            assert torch.equal(mine, theirs)  # rotary frequencies above all
         with student.model.disable_adapter():
             plain = student(batch)
         off = (copied(batch).float() - student(batch)).abs().mean()
@@ -368,7 +284,7 @@ def ends(monkeypatch):
 
 
 def test_a_verifier_of_ones_own_and_a_run_that_goes_on(tmp_path, tokenizer, ends):
-    config = settings(tmp_path, tokenizer)
+    config = settings(tmp_path, tokenizer, dtype="bfloat16")  # of the answers; the loss before is the student's
     items = asked()
     table = bootstrap(config, items[4:], items[:4], toss)
     folder = tmp_path / "run"
@@ -388,6 +304,31 @@ def test_a_verifier_of_ones_own_and_a_run_that_goes_on(tmp_path, tokenizer, ends
     assert "What became of the questions" in (folder / "report.html").read_text()
     again = bootstrap(replace(config, resume=True), items[4:], items[:4], toss)
     assert again.rows == table.rows
+
+
+def test_the_student_starts_from_the_weights_as_they_lie(tmp_path, tokenizer, monkeypatch):
+    class Started(Exception):
+        """The student that a run begins with is all that is asked for."""
+
+    def begin(_, student):
+        raise Started(student)
+
+    monkeypatch.setattr(recipe, "start", begin)
+    config = settings(tmp_path, tokenizer, student="teacher:layers=0,1", dtype="bfloat16")
+    with pytest.raises(Started) as begun:
+        bootstrap(config, asked(), asked(), toss)
+    student, lying = begun.value.args[0], load(config.teacher)
+    for mine, theirs in zip(student.parameters(), lying.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert not torch.equal(lying.head.weight, lying.head.weight.bfloat16().float())
+
+
+def test_without_questions_or_an_exam_nothing_begins(tmp_path, tokenizer):
+    config = settings(tmp_path, tokenizer)
+    for items, exam, says in (([], asked(), "to learn from"), (asked(), [], "for the exam")):
+        with pytest.raises(UserError, match=f"There is no question {says}"):
+            bootstrap(config, items, exam, toss)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_same_through_a_cache_and_from_outside(tmp_path, tokenizer, ends):
@@ -435,25 +376,49 @@ def test_settings_that_cannot_be_meant_are_refused(wrong, says):
         Config(**wrong)
 
 
-def test_the_papers_setting_starts_at_tiny_width(tmp_path, tokenizer, ends):
-    """Qwen2's classes, the tutor's prompts, GSM8K's form, LoRA of rank 32: one step; and the doctor's estimate."""
-    path = tmp_path / "train.jsonl"
-    lines = [{"question": f"Ann has {n} nuts and finds 2. How many?", "answer": f"#### {n + 2}"} for n in range(30)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    model = write_model(tmp_path / "model", tokenizer, Qwen2ForCausalLM, Qwen2Config)
+def write_talker(folder, tokenizer):
+    """A tiny model of the paper's class that answers whatever it is asked: 4 or 5, in a box, one as often as other."""
+    torch.manual_seed(2)
+    model = LanguageModel(Qwen2ForCausalLM(Qwen2Config(**SIZES)), tokenizer)
+    prompt = encode_prompt([{"role": "user", "content": "How many?"}], tokenizer)
+    said = [tuple(tokenizer(f"\\boxed{{{number}}}")["input_ids"]) + (min(model.stop_ids),) for number in (4, 5)]
+    batch = collate([Sequence(prompt + ids, (False,) * len(prompt) + (True,) * len(ids)) for ids in said], pad_id=2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-2)
+    for _ in range(60):
+        loss = model(batch, LABELS.against(None, batch))
+        optimizer.zero_grad()
+        (loss.sum / loss.count).backward()
+        optimizer.step()
+    model.save(folder)
+    return str(folder)
+
+
+def test_the_papers_setting_starts_at_tiny_width(tmp_path, tokenizer):
+    """By `main`, with the tutor's prompts, the verifier, the precisions and LoRA of rank 32; and the doctor's estimate.
+
+    Tiny are the model, the files in the form of GSM8K and MATH-500, and what counts questions, tokens and steps.
+    """
+    told = [{"question": f"{name} has {n} nuts and finds 2. How many?", "answer": f"#### {n + 2}"}
+            for name in ("Ann", "Bob", "Cleo", "Dan", "Eve", "Fay", "Gil", "Hal") for n in (2, 3)]  # fmt: skip
+    asked_later = [{"problem": f"What is {n} + 1?", "solution": "", "answer": f"{n + 1}"} for n in range(4)]
+    files = {"source": tmp_path / "train.jsonl", "exam_source": tmp_path / "math500.jsonl"}
+    for path, lines in zip(files.values(), (told, asked_later)):
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    model = write_talker(tmp_path / "model", tokenizer)
     config = replace(
         paper,
         teacher=model,
-        questions=replace(paper.questions, source=str(path), exam_source="", count=24, exam=4),
-        rolling=replace(paper.rolling, length=4, round=8),
+        questions=replace(paper.questions, **{name: str(path) for name, path in files.items()}, exam=4),
+        rolling=replace(paper.rolling, length=12),
         pairs=4,
-        held_out=2,
-        dtype="float32",
+        held_out=1,
         output=str(tmp_path / "run"),
-        training=replace(paper.training, epochs=None, steps=1, precision="fp32"),
+        training=replace(paper.training, epochs=None, steps=1),
     )
-    items, exam = draw(config.questions, 0)
-    assert bootstrap(config, items, exam, toss) is not None
+    table = main(config)
+    assert table is not None
+    assert table.rows["answers in a box"][UNTAUGHT] == 100
+    assert (tmp_path / "run" / "student").is_dir()
     need = memory_needed(model, paper.student, batch=4, length=512, precision="bf16", teacher_dtype="bfloat16")
     assert need.parts["teacher"] == 0  # the adapter lies on the teacher itself
     assert 0 < need.learning < need.student
