@@ -82,9 +82,9 @@ def reproduce(seeds: int, folder: Path, full: bool) -> Table:
 
     A 25-layer copy of SmolLM2-135M-Instruct is fine-tuned for one pass on what the teacher wrote to instructions; every
     arm takes its optimizer steps from there, in the same order. Layers and learning rate were chosen on seed 100, which
-    is not among those reproduced, so that the student writes sensible text; the rest, for three seeds in about 40
-    minutes of one core. ``full``: longer answers, three times the text, 10 times the steps of an arm, and each component
-    alone beside the forward KL.
+    is not among those reproduced, so that the student writes sensible text; the rest, so that three seeds take some 40
+    minutes of one core. ``full``: longer answers, three times the text, 10 times the steps of an arm, and each
+    component alone beside the forward KL.
     """
     if missing := missing_packages("phrases"):
         raise UserError(f'This needs {", ".join(missing)}: pip install "preceptor[phrases]".')
