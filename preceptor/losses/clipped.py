@@ -19,8 +19,8 @@ student: neither is offered.
 The gradient with respect to the student's logits is q - t, with t_v = w_v p_v + (P / Q) (1 - w_v) q_v: the student is
 drawn to the teacher on what is kept and keeps the shape of its own tail. f_sub minimises the very loss that it shapes
 and would let everything fall into the tail: λ relu(ρ - Σ w p)² holds it back. It is then the guard that decides: where
-SmolLM2 taught, l fell below 1e-3 within 50 steps, since the likeliest classes are most of the mass, and u settled near
-ρ, so that no more mass was kept than the guard asks for.
+SmolLM2 taught, l fell below 1e-3 within 50 steps, since the likeliest classes are most of the mass, and u settled where
+the guard begins to cost more than the tail saves, at a median of 0.90 (KL of 10 nat) to 0.93 (KL of 0.9 nat).
 """
 
 from __future__ import annotations
