@@ -1,7 +1,7 @@
 """Teacher hacking: does a student that gets closer to an imperfect teacher move away from the truth?
 
 Paper: On Teacher Hacking in Language Model Distillation (Tiapkin et al., ICML 2025), https://arxiv.org/abs/2502.02671
-Reproduction: holds in part over 5 seeds: offline golden rises, online it does not; diversity within noise
+Reproduction: mostly over 5 seeds: offline hacks, online does not rise; fewer prompts cost proxy too; weak detector
 
 A laboratory. An oracle μ stands for the truth. Its answers to prompts x fine-tune both the teacher π_T and the student
 π_S (stage one); then the student is distilled from the teacher on prompts of the same kind (stage two),

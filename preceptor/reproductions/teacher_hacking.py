@@ -87,8 +87,8 @@ def reproduce(seeds: int, folder: Path, full: bool) -> Table:
     )
     table.notes += _overfitting(done, names)
     table.claims = [*_hacking(done), *_data(done), *_detection(done, names), *_exact(done)]
-    courses = {arm: _late(done[0][arm]["plane"]) for arm in (OFFLINE, TEACHER_WRITES, FIFTH, FOURFOLD)}
-    caption = f"Proxy and golden of seed 0, means over {SMOOTH} checkpoints; the steep beginning is left out."
+    courses = {arm: _smooth(done[0][arm]["plane"]) for arm in (OFFLINE, TEACHER_WRITES, FIFTH, FOURFOLD)}
+    caption = f"Proxy and golden of seed 0, means over {SMOOTH} checkpoints; the start is left out."
     draw_plane(folder / "pictures" / "plane.png", courses, caption)
     return table
 
@@ -264,9 +264,9 @@ def _over(done: Sequence[dict[str, Any]]) -> Callable[[str, str], list[float]]:
     return lambda arm, figure: [float(seed[arm][figure]) for seed in done]
 
 
-def _late(plane: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
-    """Means of the checkpoints from the seventh on, ``SMOOTH`` in a row."""
-    rows = (plane[start : start + SMOOTH] for start in range(min(6, len(plane) - SMOOTH), len(plane) - SMOOTH + 1))
+def _smooth(plane: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
+    """Means of the checkpoints after the start, ``SMOOTH`` in a row."""
+    rows = (plane[start : start + SMOOTH] for start in range(min(1, len(plane) - SMOOTH), len(plane) - SMOOTH + 1))
     return [(_mean([proxy for proxy, _ in part]), _mean([golden for _, golden in part])) for part in rows]
 
 
