@@ -215,7 +215,7 @@ def read_problems(path: Path, *, limit: int | None = None) -> list[tuple[str, st
         UserError: no such file, or another form.
     """
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
         return [(str(line["question"]), str(line["answer"])) for line in lines[:limit]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read as problems ({error!r}): give JSON Lines with question, answer.") from (

@@ -79,9 +79,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: another line is not JSON.
     """
-    lines = path.read_text(encoding="utf-8").splitlines()
+    # Not splitlines: it cuts at U+2028 and others too, which JSON leaves in a text as they are.
+    lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
     found = []
     for number, line in enumerate(lines, 1):
+        if not line:
+            continue
         try:
             found.append(json.loads(line))
         except ValueError as error:

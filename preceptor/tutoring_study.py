@@ -158,8 +158,8 @@ def filters(folder: Path) -> Found:
     found.same(
         "GSM8K, calculator marks, and those that are off", [MARKS, 0], [len(slips), sum(s > 0.01 for s in slips)]
     )
-    lines = (folder / "example_model_solutions.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
+    lines = (folder / "example_model_solutions.jsonl").read_text(encoding="utf-8").split("\n")
+    records = [json.loads(line) for line in lines if line]
     found.same("right solutions of four models, by their file", CORRECT, _right(records))
     agreed = {
         name: sum(answer_of(one[name]["solution"], "A:") == answer_of(one["ground_truth"], "A:") for one in records)

@@ -18,7 +18,7 @@ from preceptor.agents import OpenEndedAgent, SkillForestAgent, SkillListAgent, s
 from preceptor.data_writers import Order, Symbolic, Written  # noqa: E402
 from preceptor.environment import UNKNOWN, DataEnvironment, Episode, OpenEnded, as_action  # noqa: E402
 from preceptor.errors import UserError  # noqa: E402
-from preceptor.iterations import drop_later, read_iterations, write_iteration  # noqa: E402
+from preceptor.iterations import drop_later, read_iterations, read_lines, write_iteration  # noqa: E402
 from preceptor.policies import Alternating, Proportional  # noqa: E402
 from preceptor.skill_environments import SkillForest, SkillList  # noqa: E402
 from preceptor.skills import Exploit, Explore  # noqa: E402
@@ -417,6 +417,13 @@ def test_a_half_written_round_is_not_whole() -> None:
         assert len(read_iterations(world.folder)) == 1
     (world.folder / "000" / "report.json").unlink()
     assert read_iterations(world.folder) == []
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\u0085"])
+def test_separators_of_lines_in_a_text_do_not_cut_it(tmp_path: Path, separator: str) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(f'{{"instruction": "a{separator}b"}}\n\n{{"instruction": "c"}}\n', encoding="utf-8")
+    assert [row["instruction"] for row in read_lines(path)] == [f"a{separator}b", "c"]
 
 
 def test_shares_are_whole_and_add_up() -> None:

@@ -30,7 +30,7 @@ from preceptor.language import (
 from preceptor.language.limits import WINDOW, Pace, back_off
 from preceptor.language.progress import Ticker
 from preceptor.language.store import key_of
-from preceptor.language.structured import read_json
+from preceptor.language.structured import check_schema, read_json
 
 NUMBER = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
 
@@ -356,6 +356,7 @@ def test_json_is_found_and_mended(text: str, value: int) -> None:
         ("{'a': 1}", "no complete JSON"),
         ('{"a": NaN}', "no complete JSON"),
         ("[" * 5000, "no complete JSON"),
+        (f'{{"a": {"9" * 5000}}}', "too many digits"),
     ],
 )
 def test_json_is_never_made_up(text: str, reason: str) -> None:
@@ -437,10 +438,23 @@ def test_attempts_before_a_stop_are_not_made_again() -> None:
     assert not reply.cached
 
 
-@pytest.mark.parametrize("schema", [{"type": "nothing"}, {"$ref": "https://example.com/schema.json"}])
+@pytest.mark.parametrize(
+    "schema", [{"type": "nothing"}, {"$ref": "https://example.com/schema.json"}, {"items": {"$ref": "#/$defs/none"}}]
+)
 def test_schemas_that_are_none_are_refused(schema: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="schema of a structured answer"):
         Chat(Echo()).ask([ask("x", schema=schema)])
+
+
+def test_a_schema_may_refer_to_itself() -> None:
+    schema = {"$defs": {"list": {"type": "array", "items": {"$ref": "#/$defs/list"}}}, "$ref": "#/$defs/list"}
+    check_schema(schema)
+    assert read_json("[[], [[]]]", schema) == ([[], [[]]], "")
+    assert read_json("[" * 400 + "]" * 400, schema) == (None, "it is nested too deeply")
+
+
+def test_half_characters_are_replaced() -> None:
+    assert read_json('{"t": "a\\ud83d b\\ud83d\\ude00"}', {}) == ({"t": "a? b\U0001f600"}, "")
 
 
 # Settings, progress, and what is missing

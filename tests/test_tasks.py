@@ -150,9 +150,9 @@ def test_problems_are_read_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     rows = [
         {"question": "How many?", "answer": "2+2=<<2+2=4>>4\n#### 4"},
-        {"question": "Why?", "answer": "Half of 2,400.\n#### 1,200"},
+        {"question": "Why\u2028?", "answer": "Half of 2,400.\n#### 1,200"},
     ]
-    path.write_text("\n".join(map(json.dumps, rows)))
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
     task = read_problems(path)
     items = task.items(2, seed=0)
     assert {item.truth for item in items} == {"4", "1200"}

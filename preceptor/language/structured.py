@@ -22,7 +22,8 @@ def check_schema(schema: dict[str, Any]) -> None:
     """Refuse a schema that is none.
 
     Raises:
-        UserError: it is no JSON schema, it refers to another file, or the package that reads schemas is missing.
+        UserError: it is no JSON schema, it refers to another file or to a part that it lacks, or the package that reads
+            schemas is missing.
     """
     jsonschema = _jsonschema()
     try:
@@ -31,6 +32,13 @@ def check_schema(schema: dict[str, Any]) -> None:
         raise UserError(f"The schema of a structured answer is no JSON schema ({error.message}): mend it.") from error
     if elsewhere := next((name for name in _references(schema) if not name.startswith("#")), ""):
         raise UserError(f"The schema of a structured answer refers to {elsewhere}: write that part into the schema.")
+    referencing = _referencing()
+    root = referencing.Registry().resolver_with_root(referencing.jsonschema.DRAFT202012.create_resource(schema))
+    for name in _references(schema):
+        try:
+            root.lookup(name)
+        except referencing.exceptions.Unresolvable as error:
+            raise UserError(f"The schema of a structured answer refers to {name}, which it lacks: add it.") from error
 
 
 def instructed(request: Request) -> Request:
@@ -62,12 +70,15 @@ def read_json(text: str, schema: dict[str, Any], *, cut: bool = False) -> tuple[
     # An empty registry: nothing that a schema refers to is ever fetched.
     validator = _jsonschema().Draft202012Validator(schema, registry=_referencing().Registry())
     reason = ""
-    for value in _values(text):
-        wrong = min(validator.iter_errors(value), key=lambda error: len(error.path), default=None)
-        if wrong is None:
-            return value, ""
-        place = "".join(f"[{step!r}]" for step in wrong.absolute_path)
-        reason = reason or f"{f'at {place} ' if place else ''}{_shorten(wrong.message)}"
+    try:
+        for value in map(_sound, _values(text)):
+            wrong = min(validator.iter_errors(value), key=lambda error: len(error.path), default=None)
+            if wrong is None:
+                return value, ""
+            place = "".join(f"[{step!r}]" for step in wrong.absolute_path)
+            reason = reason or f"{f'at {place} ' if place else ''}{_shorten(wrong.message)}"
+    except RecursionError:  # a schema that refers to itself follows the value down
+        reason = reason or "it is nested too deeply"
     if cut:
         return None, "it was cut off because it is too long, so it must be shorter"
     return None, reason or f"it holds no complete JSON value ({_complaint(text)})"
@@ -110,6 +121,15 @@ def _decode(text: str) -> tuple[Any, int]:
         return _DECODER.raw_decode(text)
     except RecursionError as error:
         raise json.JSONDecodeError("nested too deeply", text, len(text)) from error
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:  # Python reads no integer of more digits than sys.get_int_max_str_digits
+        raise json.JSONDecodeError("a number has too many digits", text, len(text)) from error
+
+
+def _sound(value: Any) -> Any:
+    """The value with a question mark for each half of a character: JSON may bring one, and no tokenizer takes it."""
+    return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace").decode())
 
 
 def _keep_string(found: re.Match[str]) -> str:
@@ -154,6 +174,7 @@ def _jsonschema() -> Any:
 
 
 def _referencing() -> Any:
-    import referencing
+    import referencing.exceptions
+    import referencing.jsonschema
 
     return referencing

@@ -81,7 +81,7 @@ def read_problems(path: Path) -> WrittenProblems:
     """
     if not path.is_file():
         raise UserError(f"There is no file {path}; give a JSONL file of questions and answers in GSM8K's form.")
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     if not lines:
         raise UserError(f"The file {path} holds no problem; give one with at least one line.")
     items = [_read(line, number, path) for number, line in enumerate(lines, 1)]
