@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import sys
 from contextlib import redirect_stderr
 from dataclasses import dataclass
@@ -204,7 +205,7 @@ def _missing(words: list[str], module: str) -> str:
 
 def _go_on(words: list[str]) -> str:
     resume = ["--resume"] if words[:1] == ["run"] and "--resume" not in words else []
-    return " ".join(["preceptor", *words, *resume])
+    return shlex.join(["preceptor", *words, *resume])
 
 
 def _write(path: Path, text: str) -> None:

@@ -52,6 +52,8 @@ def check_folder(folder: Path, config: Any, *, resume: bool) -> None:
         UserError: the folder holds another run, or a run and `resume` is False.
     """
     path = folder / "config.json"
+    if folder.is_file():
+        raise UserError(f"{folder} is a file: choose a folder with --output.")
     with writable(folder, "a run"):
         there = path.exists()
     if there:

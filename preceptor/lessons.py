@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,10 +17,12 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from preceptor import distribution
 from preceptor.data import Example, Message, Sequence, encode, encode_prompt, make_prompts, read
 from preceptor.errors import UserError
 from preceptor.folder import write_whole
 from preceptor.models import LanguageModel
+from preceptor.settings import Training
 
 EMBEDDED = "prompts"
 TOGETHER = 64  # answers that are written at a time
@@ -48,8 +50,9 @@ class Text:
 
     def __post_init__(self) -> None:
         """Refuse sizes that leave nothing to read."""
-        for name, value in (("held_out", self.held_out), ("answer_length", self.answer_length)):
-            if value < 1:
+        sizes = {"held_out": self.held_out, "answer_length": self.answer_length, "limit": self.limit}
+        for name, value in sizes.items():
+            if value is not None and value < 1:
                 raise UserError(f"text.{name} is {value}; it must be at least 1.")
 
 
@@ -66,22 +69,42 @@ class Lessons:
 
 
 def prepare(text: Text, teacher: LanguageModel, *, seed: int, path: Path) -> Lessons:
-    """The lessons of ``path`` (JSON Lines), or new ones, written there.
+    """The lessons of ``path`` (JSON Lines), or new ones, written there when all of them are made.
 
     Drawing answers leaves torch's random state as it was, so that a resumed run draws what the first one drew.
 
     Raises:
-        UserError: the data has too few examples, no readable shape, or no response is left (see ``data.encode``).
+        UserError: the data has too few examples, no readable shape, or no response is left (see ``data.encode``); or
+            the path holds lessons that were made by other settings.
     """
+    made_by = json.dumps({"part": "settings", "text": asdict(text), "seed": seed})
     if path.exists():
+        with path.open(encoding="utf-8") as file:
+            first = file.readline().rstrip("\n")
+        if first.startswith('{"part": "settings"') and first != made_by:
+            raise UserError(f"{path} was made by other settings of the text or another seed: choose another folder.")
         return _read(path)
     train, exam = _examples(text, seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         questions = [_without_answer(example).messages for example in exam if example.messages][:SHOWN]
         lessons = Lessons(_answered(train, teacher, text), _answered(exam, teacher, text), questions)
-    _write(path, lessons, teacher.tokenizer)
+    _write(path, made_by, lessons, teacher.tokenizer)
     return lessons
+
+
+def prepare_together(text: Text, teacher: LanguageModel, training: Training, folder: Path) -> Lessons:
+    """The lessons of a run that is about to begin, in its folder: the main process makes them, the others wait.
+
+    The teacher writes on the run's device, unless it will have to be split over several.
+
+    Raises:
+        UserError: as `prepare`.
+    """
+    accelerator = distribution.start(training.precision, training.trackers, folder)
+    with accelerator.main_process_first():
+        asked = teacher if training.shard else teacher.to(accelerator.device)
+        return prepare(text, asked, seed=training.seed, path=folder / "lessons.jsonl")
 
 
 def recorded(source: str) -> list[Sequence]:
@@ -175,7 +198,7 @@ def write_answers(
     return [Sequence(p + a, (False,) * len(p) + (True,) * len(a)) for p, a in zip(prompts, answers)]
 
 
-def _write(path: Path, lessons: Lessons, tokenizer: Any) -> None:
+def _write(path: Path, made_by: str, lessons: Lessons, tokenizer: Any) -> None:
     lines: list[dict[str, Any]] = [{"part": "question", "messages": list(asked)} for asked in lessons.questions]
     for part, sequences in (("train", lessons.train), ("exam", lessons.exam)):
         for sequence in sequences:
@@ -183,7 +206,7 @@ def _write(path: Path, lessons: Lessons, tokenizer: Any) -> None:
             text = tokenizer.decode(sequence.ids)
             lines.append({"part": part, "text": text, "ids": sequence.ids, "response": response})
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_whole(path, made_by + "\n" + "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def _read(path: Path) -> Lessons:
@@ -192,6 +215,7 @@ def _read(path: Path) -> Lessons:
         record = json.loads(line)
         if record["part"] == "question":
             lessons.questions.append(tuple(record["messages"]))
+        if record["part"] not in ("train", "exam"):
             continue
         sequence = Sequence(tuple(record["ids"]), tuple(mark == "1" for mark in record["response"]))
         (lessons.train if record["part"] == "train" else lessons.exam).append(sequence)

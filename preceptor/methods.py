@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import difflib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -110,7 +111,7 @@ def read_settings(path: Path, class_name: str = "Config") -> list[Setting]:
     A field whose type is another dataclass, of the same file or of this package, is followed by that one's fields:
     ``objective.beta``.
     """
-    return _fields(path, class_name, "")
+    return _fields(path, class_name, "", {})
 
 
 def read_presets(path: Path) -> dict[str, str]:
@@ -169,27 +170,71 @@ def _sections(docstring: str) -> tuple[dict[str, str], str]:
     return {label: " ".join(words) for label, words in labelled.items()}, "\n".join(text).strip()
 
 
-def _fields(path: Path, class_name: str, prefix: str) -> list[Setting]:
+def repeat(method: str, folder: Path) -> str:
+    """The command that does a run again, elsewhere."""
+    return f"preceptor run {method} --config {folder / 'config.json'} --output NEW_FOLDER"
+
+
+Given = Mapping[str | int, ast.expr]
+"""What an instance is made with: its arguments by name, and by place where they have none."""
+
+
+def _fields(path: Path, class_name: str, prefix: str, given: Given) -> list[Setting]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and node.name == class_name:
             is_dataclass = any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list)
-            return _fields_of(node.body, path, prefix) if is_dataclass else []
+            return _fields_of(node.body, path, prefix, given, tree) if is_dataclass else []
         if isinstance(node, ast.ImportFrom) and class_name in {alias.name for alias in node.names}:
             home = _file_of(node.module or "")
-            return _fields(home, class_name, prefix) if home else []
+            return _fields(home, class_name, prefix, given) if home else []
     return []
 
 
-def _fields_of(body: list[ast.stmt], path: Path, prefix: str) -> list[Setting]:
-    found = []
+def _fields_of(body: list[ast.stmt], path: Path, prefix: str, given: Given, tree: ast.Module) -> list[Setting]:
+    found: list[Setting] = []
+    place = 0
     for node, after in zip(body, [*body[1:], ast.Pass()]):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             kind = ast.unparse(node.annotation)
             help_text = " ".join(_string(after).split())
-            found.append(Setting(prefix + node.target.id, kind, _default(node.value), help_text))
-            found += _fields(path, kind, f"{prefix}{node.target.id}.")
+            value = given.get(node.target.id) or given.get(place) or (node.value and _meant(node.value, tree))
+            found.append(Setting(prefix + node.target.id, kind, ast.unparse(value) if value else "", help_text))
+            found += _fields(path, kind, f"{prefix}{node.target.id}.", _given(value, tree))
+            place += 1
     return found
+
+
+def _given(value: ast.expr | None, tree: ast.Module) -> Given:
+    """The arguments of a call, or of ``replace`` on top of one."""
+    if not isinstance(value, ast.Call):
+        return {}
+    named: Given = {keyword.arg: _meant(keyword.value, tree) for keyword in value.keywords if keyword.arg}
+    placed: Given = dict(enumerate(_meant(argument, tree) for argument in value.args))
+    if isinstance(value.func, ast.Name) and value.func.id == "replace" and placed:
+        return {**_given(placed[0], tree), **named}
+    return {**placed, **named}
+
+
+def _meant(value: ast.expr, tree: ast.Module) -> ast.expr:
+    """What makes a default: of ``field`` its default, of a name what it stands for here or where it comes from."""
+    if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "field":
+        given = {keyword.arg: keyword.value for keyword in value.keywords}
+        made = given.get("default", given.get("default_factory", value))
+        return made.body if isinstance(made, ast.Lambda) else made
+    if not isinstance(value, ast.Name):
+        return value
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and _named(node, value.id):
+            return node.value
+        if isinstance(node, ast.ImportFrom) and value.id in {alias.name for alias in node.names}:
+            home = _file_of(node.module or "")
+            return _meant(value, ast.parse(home.read_text(encoding="utf-8"))) if home else value
+    return value
+
+
+def _named(node: ast.Assign, name: str) -> bool:
+    return [target.id for target in node.targets if isinstance(target, ast.Name)] == [name]
 
 
 def _file_of(module: str) -> Path | None:
@@ -198,22 +243,6 @@ def _file_of(module: str) -> Path | None:
     path = Path(__file__).parent.joinpath(*parts)
     files = [path.with_suffix(".py"), path / "__init__.py"] if package == "preceptor" else []
     return next((file for file in files if file.is_file()), None)
-
-
-def _default(value: ast.expr | None) -> str:
-    if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "field":
-        given = {keyword.arg: keyword.value for keyword in value.keywords}
-        if "default" in given:
-            return ast.unparse(given["default"])
-        factory = given.get("default_factory")
-        return (
-            ast.unparse(factory.body)
-            if isinstance(factory, ast.Lambda)
-            else f"{ast.unparse(factory)}()"
-            if factory
-            else ""
-        )
-    return ast.unparse(value) if value else ""
 
 
 def _constant(tree: ast.Module, name: str) -> str:

@@ -18,7 +18,8 @@ from preceptor.tasks.gsm8k import read_problems
 from preceptor.tasks.math import Verifier, by_text, by_value, read_math, read_utf8
 from preceptor.tasks.sampling import draw_items
 
-SUMS, PROBLEMS = "sums", "problems"
+SUMS = "sums"
+PROBLEMS = "problems"
 
 
 @dataclass(frozen=True)

@@ -99,3 +99,16 @@ def test_an_answer_ends_where_the_text_may_end(teacher):
     written = write_answers(model, prompts, 16, max_length=32)
     assert [sequence.prompt for sequence in written] == [prompts[0], prompts[1], prompts[3]]
     assert [sum(sequence.response) for sequence in written] == [4, 16, 1]
+
+
+def test_lessons_of_other_settings_are_not_taken_up(teacher, tmp_path):
+    source = tmp_path / "data.jsonl"
+    source.write_text("".join(f'{{"prompt": "{n} + 1?", "completion": "{n + 1}"}}\n' for n in range(12)))
+    path, text = tmp_path / "lessons.jsonl", Text(source=str(source), held_out=2)
+    first = prepare(text, teacher, seed=0, path=path)
+    assert prepare(text, teacher, seed=0, path=path) == first
+    for other, seed in ((text, 1), (Text(source=str(source), held_out=3), 0)):
+        with pytest.raises(UserError, match="made by other settings"):
+            prepare(other, teacher, seed=seed, path=path)
+    with pytest.raises(UserError, match="text.limit is 0"):
+        Text(limit=0)

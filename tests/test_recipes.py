@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from preceptor.backbones import make_backbone
 from preceptor.cli import main
 from preceptor.configuration import read_config
-from preceptor.methods import Method, find_methods, missing_packages
+from preceptor.methods import Method, find_methods, missing_packages, read_settings
 
 METHODS = [pytest.param(method, id=method.name) for method in find_methods()]
 
@@ -113,3 +113,14 @@ def test_help_lists_every_setting(method: Method, capsys: pytest.CaptureFixture[
     told = capsys.readouterr().out
     assert "--training.learning-rate" in told
     assert "--output" in told
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_settings_that_are_shown_are_the_codes_own(method: Method) -> None:
+    config = recipe(method).Config()
+    for setting in read_settings(method.path):
+        value: object = config
+        for name in setting.name.split("."):
+            value = vars(value)[name]
+        if not is_dataclass(value):
+            assert eval(setting.default, {}) == value, setting.name  # noqa: S307

@@ -6,7 +6,7 @@ import torch
 from sharing_models import FAMILIES, gemma3, llama, made, maps, some_ids
 
 from preceptor.errors import UserError
-from preceptor.sharing.choice import block_ends, choose_followers, in_blocks, most_similar, shared_region
+from preceptor.sharing.choice import block_ends, check_spec, choose_followers, in_blocks, most_similar, shared_region
 from preceptor.sharing.config import leaders_of
 from preceptor.sharing.picture import draw_similarity
 from preceptor.sharing.similarity import Similarity, measure_similarity
@@ -118,6 +118,8 @@ def test_the_forms_of_the_setting() -> None:
     for wrong in ("similar", "similar=a", "gap=3,skip=1", "12,", "some=3"):
         with pytest.raises(UserError, match="does not say which layers share"):
             choose_followers(wrong, ten, never)
+        with pytest.raises(UserError, match="does not say which layers share"):
+            check_spec(wrong)
     with pytest.raises(UserError, match="skip is 10"):
         choose_followers("blocks=2,skip=10", ten, never)
 

@@ -56,6 +56,7 @@ from preceptor.iterations import (
 )
 from preceptor.language import Chat, ChatSettings, open_chat
 from preceptor.learners import SMALL, Pupil, load_pupil_model
+from preceptor.methods import repeat
 from preceptor.models import load
 from preceptor.policies import Alternating, Asked, Chance, FillBalanced, Policy, Proportional, Threshold
 from preceptor.report import write_report
@@ -83,8 +84,8 @@ class Config:
 
     task: Literal["math", "code", "visual"] = "math"
     """What the student is to learn."""
-    skills: tuple[str, ...] = MATH
-    """Skills or ``skill/subskill`` that it is examined in; empty: all of the task's."""
+    skills: tuple[str, ...] | None = None
+    """Skills or ``skill/subskill`` that it is examined in; empty: all of the task's. None: four of math's, else all."""
     environment: Literal["open_ended", "skill_list", "skill_tree"] = "open_ended"
     """What the agent sees and what it can do."""
     agent: Kind = "with_state"
@@ -193,14 +194,14 @@ def make_task(config: Config) -> Task:
     if config.task == "code":
         from preceptor.tasks.programs import Programs
 
-        return Programs(form, config.skills)
+        return Programs(form, config.skills or ())
     if config.task == "visual":
         from preceptor.tasks.figures import Figures
 
-        return Figures(form, config.skills)
+        return Figures(form, config.skills or ())
     from preceptor.tasks.arithmetic import Arithmetic
 
-    return Arithmetic(form, config.skills)
+    return Arithmetic(form, MATH if config.skills is None else config.skills)
 
 
 def drawing(config: Config, task: Task) -> Draw | None:
@@ -308,9 +309,7 @@ def examine(config: Config, pupil: Pupil, questions: Questions) -> Table:
         {"prompt": item.instruction, "answers": {name: done[place].response for name, done in answers.items()}}
         for place, item in list(enumerate(questions.test))[:: max(1, len(questions.test) // 6)][:6]
     ]
-    write_result(
-        folder, table, told, headline=headline, command=f"preceptor run data_env --config {folder}/config.json"
-    )
+    write_result(folder, table, told, headline=headline, command=repeat("data_env", folder))
     draw_episode(folder / "pictures", rounds)
     table.print()
     print(f"The student: {folder / 'student'}\nThe page: {write_report(folder)}")

@@ -21,8 +21,9 @@ Decided here, where the source is silent or not clear:
 
 * The paper ranks layers by similarity and lists the followers. ``similar=N`` takes the N followers whose similarities
   to the layers they copy from have the largest sum, found exactly; ``gap=k`` is the paper's cut at the largest gap.
-* L_I is a mean over a token's elements, and over tokens as the other terms are. The output of the model's last layer is
-  compared after the final norm.
+* L_I is a mean over a token's elements, and over tokens as the other terms are, without the first token of a text: its
+  hidden states are outliers that hold attention and say nothing, and their distance would be all of the loss. The
+  output of the model's last layer is compared after the final norm.
 * The paper prints L_S with the student first; ``direction`` turns it, and both directions of the held-out text are
   logged.
 * Both stages are one run under one learning-rate schedule; ``continued`` is the share of its steps in stage 2. The
@@ -52,9 +53,10 @@ from preceptor.folder import check_folder
 from preceptor.knowledge import Head, HiddenTargets
 from preceptor.losses import Loss
 from preceptor.losses.divergences import divergence
+from preceptor.methods import repeat
 from preceptor.models import LanguageModel, in_evaluation, load, project, tokenizer_hash
 from preceptor.passages import Passages, read_passages
-from preceptor.sharing.choice import block_ends, choose_followers
+from preceptor.sharing.choice import block_ends, check_spec, choose_followers
 from preceptor.sharing.config import check_architecture, windows_of
 from preceptor.sharing.model import removed
 from preceptor.sharing.observed import Observed
@@ -106,6 +108,7 @@ class Config:
         weights = (self.inner_weight, self.soft_weight, self.hard_weight)
         if min(weights) < 0 or not any(weights):
             raise UserError(f"The weights of L_I, L_S and L_H are {weights}: give 0 or more, and one above 0.")
+        check_spec(self.followers)
         if self.calibration < 1:
             raise UserError(f"calibration is {self.calibration}; give at least 1 piece of text.")
         if not 0 <= self.continued <= 1:
@@ -190,7 +193,9 @@ def distil(hidden: Tensor, head: Head, inner: list[Tensor], *, batch: Batch, sai
         weight=config.soft_weight,
         label_weight=config.hard_weight,
     )
-    apart = inner_distance(inner, said.inner, batch.predicts)
+    tokens = batch.predicts.clone()
+    tokens[:, 0] = False
+    apart = inner_distance(inner, said.inner, tokens)
     parts = {
         "L_I": apart.detach(),
         "L_S": loss.parts["divergence"],
@@ -333,7 +338,7 @@ def _examine(
         exam,
         questions=[],
         title=f"{config.teacher} with {len(followers)} layers that share attention",
-        command=f"preceptor run echoatt --config {folder / 'config.json'}",
+        command=repeat("echoatt", folder),
         answer_length=32,
     )
     print(f"The student: {folder / 'student'}")

@@ -54,7 +54,8 @@ from preceptor.departure import NEEDED, Watcher, readable
 from preceptor.errors import UserError
 from preceptor.evaluation import LABELS_ONLY, TAUGHT, UNTAUGHT, Table, examine
 from preceptor.folder import check_folder
-from preceptor.lessons import Lessons, Text, prepare
+from preceptor.lessons import Lessons, Text, prepare_together
+from preceptor.methods import repeat
 from preceptor.models import LanguageModel, in_evaluation, load, same_tokenizer, template_hash, tokenizer_hash
 from preceptor.objective import LABELS, Objective
 from preceptor.own_samples import OwnSamples, OwnShare
@@ -208,9 +209,9 @@ def main(config: Config) -> Table | None:
     teacher = load(config.teacher, dtype=config.teacher_dtype)
     student = make_student(config.student, teacher, seed=config.training.seed)
     same_tokenizer(teacher, student)
+    # Before the run begins, so that text which cannot be read leaves no run behind.
+    lessons = prepare_together(config.text, teacher, config.training, folder)
     run = start(config, student, teacher)
-    with run.accelerator.main_process_first():
-        lessons = prepare(config.text, teacher, seed=config.training.seed, path=folder / "lessons.jsonl")
     watcher = teach(run, student, _listen(config, run, teacher, student, lessons), lessons, config)
     if config.watch_hacking and run.is_main:
         print(watcher.verdict)
@@ -302,7 +303,7 @@ def _examine(config: Config, taught: dict[str, LanguageModel], lessons: Lessons)
         lessons.exam,
         questions=lessons.questions,
         title=f"{config.student} taught by {config.teacher}",
-        command=f"preceptor run gkd --config {folder / 'config.json'}",
+        command=repeat("gkd", folder),
         answer_length=config.text.answer_length,
     )
     print(f"The student: {folder / 'student'}")

@@ -50,6 +50,7 @@ from preceptor.folder import check_folder
 from preceptor.language import Chat
 from preceptor.language.local import LocalModel
 from preceptor.losses.divergences import divergence
+from preceptor.methods import repeat
 from preceptor.models import LanguageModel, in_evaluation, load, template_hash, tokenizer_hash
 from preceptor.report import write_report
 from preceptor.student import make_student
@@ -317,6 +318,8 @@ def main(config: Config) -> Table | None:
     tutor = make_student(config.tutor, base, seed=config.training.seed)
     train, held_out = split(read_data(config.data), config.held_out, config.training.seed)
     pairs, exam = lessons(train, held_out, config, tutor)
+    prompted = Chat(LocalModel(base), shown=False)
+    cases = cases_to_play(config, held_out, prompted)
     told = {"untaught": examine(tutor, exam, config)}
     run = start(config, tutor)
     teach(run, tutor, pairs)
@@ -324,22 +327,20 @@ def main(config: Config) -> Table | None:
         return None
     told["fine-tuned"] = examine(tutor.eval(), exam, config)
     tutor.save(folder / "student", card={"tutor": config.tutor, "method": "mathdial", "data": config.data or "own"})
-    prompted, own = Chat(LocalModel(base), shown=False), Chat(LocalModel(tutor), shown=False)
     tutors: dict[str, Side] = {
-        "fine-tuned": ChatTutor(own, config.voice, config.reading.knowledge),
+        "fine-tuned": ChatTutor(Chat(LocalModel(tutor), shown=False), config.voice, config.reading.knowledge),
         "prompted": ChatTutor(prompted, config.voice, config.reading.knowledge),
         "next step": next_step_tutor,
         "scaffolding": scaffolding_tutor(),
         "teller": teller(2),
     }
-    cases = cases_to_play(config, held_out, prompted)
     figures, held = play_all(tutors, ChatStudent(prompted, config.voice), cases, config.rounds)
     for name, dialogues in held.items():
         write_dialogues(folder / "dialogues" / f"{name}.jsonl", dialogues)
     table = tutor_table(config, told, figures, exam)
     losses = [told[name].loss["all"] for name in ("untaught", "fine-tuned")]
     headline = "Held-out loss {:.3f} nat a token before, {:.3f} after.".format(*losses)
-    command = f"preceptor run mathdial --config {folder / 'config.json'}"
+    command = repeat("mathdial", folder)
     write_result(folder, table, page_samples(told, exam), headline=headline, command=command)
     table.print()
     print(f"The tutor: {folder / 'student'}\nThe page: {write_report(folder)}")

@@ -47,6 +47,7 @@ from preceptor.evaluation import TAUGHT, UNTAUGHT, write_result
 from preceptor.folder import check_folder
 from preceptor.frozen_features import embed, figures, warmed_up
 from preceptor.images import Images, read_images
+from preceptor.methods import repeat
 from preceptor.report import write_report
 from preceptor.table import Table
 from preceptor.teacher import MomentumTeacher
@@ -294,7 +295,7 @@ def examine(
                 table.rows.setdefault(row, {})[name] = value
         table.units, table.better = dict.fromkeys(table.rows, "%"), dict.fromkeys(table.rows, "higher")
         table.notes.append("Frozen pooled features. Untaught: random weights, batch norms that have seen the images.")
-    write_result(folder, table, headline=headline(table), command=f"preceptor run obow --config {folder}/config.json")
+    write_result(folder, table, headline=headline(table), command=repeat("obow", folder))
     table.print()
     print(f"The student: {folder / 'student'}\nThe page: {write_report(folder)}")
     return table

@@ -51,12 +51,13 @@ from preceptor.errors import UserError
 from preceptor.evaluation import TAUGHT, UNTAUGHT, Table, examine
 from preceptor.folder import check_folder
 from preceptor.knowledge import Head, SoftTargets
-from preceptor.lessons import Lessons, Text, prepare
+from preceptor.lessons import Lessons, Text, prepare_together
 from preceptor.losses import Loss
 from preceptor.losses.clipped import Classes, Clipping, Quantiles, clipped_kl, quantile_loss
 from preceptor.losses.divergences import divergence
 from preceptor.losses.rows import Kind
 from preceptor.losses.spans import span_consistency
+from preceptor.methods import repeat
 from preceptor.models import LanguageModel, in_evaluation, load, same_tokenizer, template_hash, tokenizer_hash
 from preceptor.own_samples import OwnSamples, OwnShare
 from preceptor.phrased import Lesson, Phrased, Reader
@@ -326,9 +327,9 @@ def main(config: Config) -> Table | None:
     teacher = load(config.teacher, dtype=config.teacher_dtype)
     student = make_student(config.student, teacher, seed=config.training.seed)
     same_tokenizer(teacher, student)
+    # Before the run begins, so that text which cannot be read leaves no run behind.
+    lessons = prepare_together(config.text, teacher, config.training, folder)
     run = start(config, student, teacher)
-    with run.accelerator.main_process_first():
-        lessons = prepare(config.text, teacher, seed=config.training.seed, path=folder / "lessons.jsonl")
     teach(run, Reader(student, chunk), _listen(config, run, teacher, student), lessons, config)
     return _examine(config, student.eval(), lessons) if run.is_main else None
 
@@ -390,7 +391,7 @@ def _examine(config: Config, student: LanguageModel, lessons: Lessons) -> Table:
         lessons.exam,
         questions=lessons.questions,
         title=f"{config.student} taught by {config.teacher}",
-        command=f"preceptor run semantic_revision --config {folder / 'config.json'}",
+        command=repeat("semantic_revision", folder),
         answer_length=config.text.answer_length,
     )
     print(f"The student: {folder / 'student'}")

@@ -53,6 +53,7 @@ from preceptor.evaluation import TAUGHT, UNTAUGHT, Cell, Table, Value, write_res
 from preceptor.folder import check_folder
 from preceptor.generation import Sampling
 from preceptor.hints import Hinted, Prompts, Views, views
+from preceptor.methods import repeat
 from preceptor.models import LanguageModel, in_evaluation, load, same_tokenizer, template_hash, tokenizer_hash
 from preceptor.objective import Objective
 from preceptor.questions import Questions, draw
@@ -322,7 +323,7 @@ def examine(
     ]
     shares = [sum(one.correct for one in answers) / len(exam) for answers in told.values()]
     headline = f"Right answers to new questions: {shares[0]:.1%} before, {shares[1]:.1%} after."
-    command = f"preceptor run soft_bootstrapping --config {folder / 'config.json'}"
+    command = repeat("soft_bootstrapping", folder)
     write_result(folder, table, shown, headline=headline, command=command)
     table.print()
     print(f"The student: {folder / 'student'}\nThe page: {write_report(folder)}")

@@ -67,6 +67,7 @@ from preceptor.errors import UserError
 from preceptor.evaluation import Table, write_result
 from preceptor.folder import check_folder
 from preceptor.laboratory import TOGETHER, Data, Laboratory, Setup, build, written
+from preceptor.methods import repeat
 from preceptor.models import LanguageModel, tokenizer_hash
 from preceptor.objective import Objective
 from preceptor.report import write_report
@@ -312,7 +313,7 @@ def conclude(laboratory: Laboratory, course: Course, config: Config) -> Table:
     table.notes = [told(label), f"Without the oracle: {verdict}", "Mean ± standard error over prompts."]
     draw_plane(folder / "pictures" / "1_plane.png", {"this run": course.plane()}, told(label))
     draw_law(folder / "pictures" / "2_law.png", course.points(), verdict, str(verdict))
-    command = f"preceptor run teacher_hacking --config {folder / 'config.json'}"
+    command = repeat("teacher_hacking", folder)
     write_result(folder, table, headline=told(label), command=command)
     table.print()
     print(f"The student: {folder / 'student'}\nThe page: {write_report(folder)}")

@@ -11,7 +11,7 @@ from importlib.resources import files
 from typing import Any
 
 from preceptor.errors import UserError
-from preceptor.methods import find_method
+from preceptor.methods import find_method, repeat
 from preceptor.report.contents import Contents
 from preceptor.report.curves import Curve, collect, draw
 from preceptor.table import Cell, Table, Value, format_cell
@@ -233,7 +233,7 @@ def _repeat(contents: Contents) -> str:
     if contents.recipe and contents.reproduction:
         commands.append(f"preceptor reproduce {contents.recipe}")
     elif contents.recipe and contents.config:
-        commands.append(f"preceptor run {contents.recipe} --config {contents.folder}/config.json --output NEW_FOLDER")
+        commands.append(repeat(contents.recipe, contents.folder))
         if not contents.finished:
             commands.append(f"preceptor run {contents.recipe} --config {contents.folder}/config.json --resume")
     if not commands:

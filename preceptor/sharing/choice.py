@@ -21,6 +21,14 @@ Windows = Sequence[int | None]
 """Of each layer of a model how many keys back it sees, None: all. A follower must see what its leader sees."""
 
 
+def check_spec(spec: str) -> re.Match[str]:
+    """Raise a UserError where a setting has none of the forms in `FORMS`; what it says, where it has one."""
+    match = re.fullmatch(r"(similar|gap|blocks)=(\d+)(?:,skip=(\d+))?|\d+(,\d+)*", spec.replace(" ", ""))
+    if match is None or (match[3] and match[1] != "blocks"):
+        raise UserError(f'"{spec}" does not say which layers share: give {FORMS}.')
+    return match
+
+
 def choose_followers(spec: str, windows: Windows, similarity: Callable[[], Similarity]) -> list[int]:
     """The followers that a setting asks for, in the order chosen.
 
@@ -32,12 +40,9 @@ def choose_followers(spec: str, windows: Windows, similarity: Callable[[], Simil
     Raises:
         UserError: the setting has none of the forms, or asks for more than the model has.
     """
-    spec = spec.replace(" ", "")
-    if re.fullmatch(r"\d+(,\d+)*", spec):
-        return [int(number) for number in spec.split(",")]
-    match = re.fullmatch(r"(similar|gap|blocks)=(\d+)(?:,skip=(\d+))?", spec)
-    if match is None or (match[3] and match[1] != "blocks"):
-        raise UserError(f'"{spec}" does not say which layers share: give {FORMS}.')
+    match = check_spec(spec)
+    if match[1] is None:
+        return [int(number) for number in match[0].split(",")]
     kind, number = match[1], int(match[2])
     if kind == "similar":
         found = most_similar(similarity(), number, windows)

@@ -164,3 +164,8 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
         Config(task="visual", student="lora:rank=8,base=smollm2")
     with pytest.raises(UserError, match="needs a base"):
         Config(student="lora:rank=8")
+
+
+@pytest.mark.parametrize("task", ["math", "code", "visual"])
+def test_each_task_has_skills_by_default(task):
+    assert make_task(Config(task=task)).items(4, seed=0)

@@ -315,3 +315,13 @@ def test_a_watch_without_a_constant_rate_or_checkpoints_is_refused(words, capsys
     told = capsys.readouterr().err
     assert "training.schedule" in told
     assert told.count("\n") == 1
+
+
+def test_text_that_cannot_be_read_leaves_no_run_behind(tmp_path, capsys):
+    output, words = tmp_path / "run", ["run", "gkd", "--tiny", "--output", str(tmp_path / "run")]
+    assert cli.main([*words, "--text.source", str(tmp_path / "missing.jsonl")]) == 2
+    assert "There is no data at" in capsys.readouterr().err
+    assert not (output / "config.json").exists()
+    (tmp_path / "lines.jsonl").write_text('{"prompt": "2 + 2?", "completion": "4"}\n' * 3 + '{"question": 1}\n')
+    assert cli.main([*words, "--text.source", str(tmp_path / "lines.jsonl")]) == 2
+    assert not (output / "config.json").exists()
