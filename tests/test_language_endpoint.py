@@ -234,6 +234,14 @@ def test_what_newer_models_call_the_limit_is_learned() -> None:
     assert len(server.calls) == 3
 
 
+def test_a_limit_that_is_too_large_is_not_tried_again() -> None:
+    too_large = '{"error": {"message": "max_completion_tokens is too large"}}'
+    with Loopback(lambda call: refuses(400, too_large)) as server:
+        [reply] = chat(server).ask([ask("x")])
+        assert "is too large" in reply.error
+        assert len(server.calls) == 2
+
+
 def test_tokens_not_told_are_counted_at_their_most() -> None:
     with Loopback(lambda call: says(usage=False)) as server:
         [reply] = chat(server).ask([ask("xy", max_tokens=10)])
@@ -386,6 +394,15 @@ def test_log_probabilities_of_an_endpoint() -> None:
         assert last["add_generation_prompt"] is False
         with pytest.raises(UserError, match="the budget of 2 calls is used up"):
             chat(server, budget=Budget(calls=2)).log_probabilities(({"role": "user", "content": "x"},), ["a", "b"])
+
+
+def test_one_continuation_that_fails_is_made_again_alone() -> None:
+    with Loopback(lambda call: refuses(503) if call.number == 2 else scorer(call)) as server:
+        asking = chat(server, concurrency=1)
+        found = asking.log_probabilities(({"role": "user", "content": "one two"},), ["four", "nine", "eleven"])
+        assert found == [(-4.0,), (-4.0,), (-6.0,)]
+        assert asking.spent.calls == len(server.calls) == 5
+        assert asking.spent.tokens == 2 + 3 * 3 + 4  # the four that were answered
 
 
 @pytest.mark.parametrize("known", [says(), refuses(422, '{"detail": "Unexpected field prompt_logprobs"}')])

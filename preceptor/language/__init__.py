@@ -18,7 +18,7 @@ from __future__ import annotations
 from preceptor.language.chat import Chat, Estimate
 from preceptor.language.endpoint import Endpoint
 from preceptor.language.limits import Budget, Limits, Spent
-from preceptor.language.messages import Answer, Backend, CallFailed, Likelihoods, Message, Reply, Request, Scorer
+from preceptor.language.messages import Answer, Backend, CallFailed, Message, Reply, Request, Scorer
 from preceptor.language.scripted import Echo, Scripted
 from preceptor.language.settings import ChatSettings, open_chat
 
@@ -32,7 +32,6 @@ __all__ = [
     "Echo",
     "Endpoint",
     "Estimate",
-    "Likelihoods",
     "Limits",
     "Message",
     "Reply",

@@ -64,7 +64,7 @@ class Gate:
                 pause = back_off(attempt, failed.wait, self.draw)
                 if not failed.again or attempt >= self.limits.attempts:
                     tried = f", after {attempt} attempts" if attempt > 1 else ""
-                    raise CallFailed(f"{failed.reason}{tried}", again=failed.again) from None
+                    raise CallFailed(f"{failed.reason}{tried}", again=failed.again, status=failed.status) from None
                 if pause > LONGEST_WAIT:
                     why = f"{failed.reason}; the endpoint asks to wait {pause:.0f} s, which is too long"
                     raise CallFailed(why) from None

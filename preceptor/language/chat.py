@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from preceptor.errors import UserError
-from preceptor.language.asking import Asking, Gate, Size, Stopped
+from preceptor.language.asking import Asking, Gate, Stopped
 from preceptor.language.limits import Budget, Limits, Meter, Pace, Spent
-from preceptor.language.messages import Backend, CallFailed, Likelihoods, Message, Reply, Request, Scorer
+from preceptor.language.messages import Backend, CallFailed, Message, Reply, Request, Scorer
 from preceptor.language.progress import Ticker
 from preceptor.language.store import Store
 from preceptor.language.structured import check_schema
@@ -115,7 +115,7 @@ class Chat:
             )
         if not continuations:
             return []
-        return list(_run(self._score(self.backend, messages, continuations)).tokens)
+        return _run(self._score(self.backend, messages, continuations))
 
     def close(self) -> None:
         """Close the cache."""
@@ -141,16 +141,15 @@ class Chat:
         deadline = float("inf") if seconds is None else time.monotonic() + seconds
         return Gate(self._meter, self._pace, self.limits, self._draw, deadline)
 
-    async def _score(self, scorer: Scorer, messages: Sequence[Message], continuations: Sequence[str]) -> Likelihoods:
+    async def _score(
+        self, scorer: Scorer, messages: Sequence[Message], continuations: Sequence[str]
+    ) -> list[tuple[float, ...]]:
         whole = [Request((*messages, {"role": "assistant", "content": text}), max_tokens=1) for text in continuations]
         prompt = sum(self.backend.prompt_bound(request) for request in [Request(tuple(messages)), *whole])
-        size = Size(1 + len(whole), prompt, 1 + len(whole))
         try:
-            return await self._gate().call(
-                size,
-                lambda: scorer.log_probabilities(messages, continuations),
-                lambda said: (said.prompt_tokens, said.completion_tokens),
-            )
+            if lacks := self._meter.lacks(1 + len(whole), prompt, 1 + len(whole)):
+                raise Stopped(lacks)  # nothing is spent on a part of them
+            return await scorer.log_probabilities(messages, continuations, self._gate())
         except (CallFailed, Stopped) as error:
             raise UserError(f"No log-probabilities of the given continuations: {error}.") from error
         finally:

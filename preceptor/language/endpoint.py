@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from preceptor.errors import UserError
-from preceptor.language.messages import Answer, CallFailed, Likelihoods, Message, Request
+from preceptor.language.asking import Gate, Size
+from preceptor.language.messages import Answer, CallFailed, Message, Request
 
 if TYPE_CHECKING:
     from preceptor.language.connection import Connections
@@ -90,28 +91,40 @@ class Endpoint:
             raise CallFailed("the answer has no choices[0].message.content", again=True, charged=True) from error
         if not isinstance(text, str):
             raise CallFailed(f"the answer holds no text (finish_reason {finish!r})", charged=True)
-        used: Any = said.get("usage") if isinstance(said.get("usage"), dict) else {}
-        prompt, completion = used.get("prompt_tokens"), used.get("completion_tokens")
-        if not isinstance(prompt, int) or not isinstance(completion, int):
-            prompt, completion = self.prompt_bound(request), request.max_tokens
+        prompt, completion = _used(said) or (self.prompt_bound(request), request.max_tokens)
         sound = self._hide(text).encode("utf-8", "replace").decode()  # JSON may bring half a character
         return [Answer(sound, prompt, completion, cut=finish == "length")]
 
-    async def log_probabilities(self, messages: Sequence[Message], continuations: Sequence[str]) -> Likelihoods:
+    async def log_probabilities(
+        self, messages: Sequence[Message], continuations: Sequence[str], gate: Gate
+    ) -> list[tuple[float, ...]]:
         """Of each token of each continuation, in nats, by ``prompt_logprobs``, which vLLM knows.
 
         One call counts the prompt's tokens, then one a continuation reads it as the assistant's unfinished answer.
 
         Raises:
             CallFailed: no answer came.
+            Stopped: the budget or the time is used up.
             UserError: the server gives no ``prompt_logprobs``.
         """
-        bare = {"model": self.model, "messages": list(messages), "max_tokens": 1, "temperature": 0.0}
-        first = await self._post("/chat/completions", bare)
-        asked = {**bare, "prompt_logprobs": 0, "add_generation_prompt": False, "continue_final_message": True}
-        bodies = [{**asked, "messages": [*messages, {"role": "assistant", "content": text}]} for text in continuations]
+        free = asyncio.Semaphore(gate.limits.concurrency)
+
+        async def post(read: Sequence[Message], **asked: Any) -> dict[str, Any]:
+            request = Request(tuple(read), max_tokens=1)
+            size = Size(1, self.prompt_bound(request), 1)
+            body = {**self._body(request), **asked}
+            async with free:
+                return await gate.call(
+                    size,
+                    lambda: self._post("/chat/completions", body),
+                    lambda said: _used(said) or (size.prompt, size.completion),
+                )
+
+        first = await post(messages)
+        known = {"prompt_logprobs": 0, "add_generation_prompt": False, "continue_final_message": True}
+        ends: list[Message] = [{"role": "assistant", "content": text} for text in continuations]
         try:
-            said = await asyncio.gather(*(self._post("/chat/completions", body) for body in bodies))
+            said = await asyncio.gather(*(post((*messages, end), **known) for end in ends))
             start = int(first["usage"]["prompt_tokens"])
             rows = [[next(iter(place.values()))["logprob"] for place in one["prompt_logprobs"][1:]] for one in said]
         except (CallFailed, KeyError, IndexError, TypeError, AttributeError) as error:
@@ -122,8 +135,7 @@ class Endpoint:
                 "server that knows prompt_logprobs (vLLM)."
             ) from error
         # The first token of a prompt follows on nothing and has no probability.
-        tokens = tuple(tuple(map(float, row[start - 1 :])) for row in rows)
-        return Likelihoods(tokens, start + sum(len(row) + 1 for row in rows), 1 + len(rows))
+        return [tuple(map(float, row[start - 1 :])) for row in rows]
 
     async def close(self) -> None:
         """Close the connections."""
@@ -199,7 +211,7 @@ class Endpoint:
             )
         if 300 <= status < 400:
             reason = f"{status}, moved to {self._hide(headers.get('location', 'nowhere'))}: correct base_url"
-        if status == 400 and "max_completion_tokens" in text:  # what OpenAI's newer models call it
+        if status == 400 and "max_completion_tokens" in text and self._limit == "max_tokens":  # what newer ones call it
             self._limit = "max_completion_tokens"
             raise CallFailed(reason, again=True, wait=0.0)
         again = (status in BUSY or status >= 500) and status != 501 and "insufficient_quota" not in text
@@ -280,6 +292,13 @@ def _check_url(url: str) -> str:
             "and the key in an environment variable (key_variable)."
         )
     return url.rstrip("/").removesuffix("/chat/completions")
+
+
+def _used(said: dict[str, Any]) -> tuple[int, int] | None:
+    """The tokens read and written that an answer tells, where it does."""
+    used: Any = said.get("usage") if isinstance(said.get("usage"), dict) else {}
+    prompt, completion = used.get("prompt_tokens"), used.get("completion_tokens")
+    return (prompt, completion) if isinstance(prompt, int) and isinstance(completion, int) else None
 
 
 def _message(text: str) -> str:

@@ -11,7 +11,8 @@ import torch
 from preceptor.cache.header import fingerprint
 from preceptor.data import Sequence as Tokens, collate, encode_prompt
 from preceptor.errors import UserError
-from preceptor.language.messages import Answer, CallFailed, Likelihoods, Message, Request
+from preceptor.language.asking import Gate, Size
+from preceptor.language.messages import Answer, CallFailed, Message, Request
 from preceptor.models import LanguageModel, in_evaluation, load, project, template_hash
 
 
@@ -71,7 +72,9 @@ class LocalModel:
                 said[index] = self._read(requests[index], len(prompts[index]), ids)
         return said
 
-    async def log_probabilities(self, messages: Sequence[Message], continuations: Sequence[str]) -> Likelihoods:
+    async def log_probabilities(
+        self, messages: Sequence[Message], continuations: Sequence[str], gate: Gate
+    ) -> list[tuple[float, ...]]:
         """Of each token of each continuation as the assistant's answer, in nats; without the end of the turn.
 
         Raises:
@@ -82,10 +85,13 @@ class LocalModel:
         if not all(endings):
             raise UserError("A continuation is empty: give at least one token, whose log-probability is asked.")
         rows = [Tokens(prompt + end, (False,) * len(prompt) + (True,) * len(end)) for end in endings]
-        found: list[tuple[float, ...]] = []
-        for start in range(0, len(rows), self.group):
-            found += self._score(rows[start : start + self.group])
-        return Likelihoods(tuple(found), sum(len(row.ids) for row in rows), 0)
+
+        async def score() -> list[tuple[float, ...]]:
+            starts = range(0, len(rows), self.group)
+            return [row for start in starts for row in self._score(rows[start : start + self.group])]
+
+        size = Size(len(rows), sum(len(row.ids) for row in rows), 0)
+        return await gate.call(size, score, lambda _: (size.prompt, 0))
 
     async def close(self) -> None:
         """Nothing is open."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from preceptor.errors import UserError
 from preceptor.readers import Message
 
-__all__ = ["Answer", "Backend", "CallFailed", "Likelihoods", "Message", "Reply", "Request", "Scorer"]
+if TYPE_CHECKING:
+    from preceptor.language.asking import Gate
+
+__all__ = ["Answer", "Backend", "CallFailed", "Message", "Reply", "Request", "Scorer"]
 
 ROLES = ("system", "user", "assistant")
 
@@ -78,15 +81,6 @@ class Answer:
     """Whether it ended because it had ``max_tokens`` tokens."""
 
 
-@dataclass(frozen=True)
-class Likelihoods:
-    """The log-probability of each token of each continuation, in nats, and the tokens that the calls took."""
-
-    tokens: tuple[tuple[float, ...], ...]
-    prompt_tokens: int
-    completion_tokens: int
-
-
 class CallFailed(Exception):
     """A call has no answer.
 
@@ -137,11 +131,16 @@ class Backend(Protocol):
 class Scorer(Protocol):
     """A backend that can tell how likely a given continuation is."""
 
-    async def log_probabilities(self, messages: Sequence[Message], continuations: Sequence[str]) -> Likelihoods:
+    async def log_probabilities(
+        self, messages: Sequence[Message], continuations: Sequence[str], gate: Gate
+    ) -> list[tuple[float, ...]]:
         """The log-probability of each token of each continuation as the assistant's answer, in nats.
+
+        Every call goes through the gate by itself, so that one that failed is made again alone.
 
         Raises:
             CallFailed: the endpoint gave no answer.
+            Stopped: the budget or the time is used up.
             UserError: the endpoint gives no such probabilities.
         """
         ...
