@@ -134,7 +134,8 @@ def figures(known: Tensor, lessons: Images, asked: Tensor, exam: Images, *, seed
     for each in (each for each in LABELS if each <= least):
         said = linear_probe(known, lessons.labels, asked, exam.labels, each=each, seed=seed)
         found[f"probe, {each} labels a class"] = 100 * said
-    for shots in (1, 5):
+    enough = torch.bincount(exam.labels)  # images of each class
+    for shots in (shots for shots in (1, 5) if int((enough > shots).sum()) >= 2):
         found[f"few-shot, {shots} a class"] = 100 * few_shot(asked, exam.labels, shots=shots, seed=seed).mean
     near = slice(0, 5000)
     found["nearest neighbours"] = 100 * neighbours(known[near], lessons.labels[near], asked, exam.labels)

@@ -78,8 +78,10 @@ def read_images(source: str, side: int, *, limit: int = 0) -> tuple[Images, Imag
         limit: at most so many to learn from, drawn once and for all; 0 is all.
 
     Raises:
-        UserError: there is no such set, or no image in it.
+        UserError: there is no such set, or no image in it; the limit is below 0.
     """
+    if limit < 0:
+        raise UserError(f"The limit is {limit} images: give 1 or more, or 0 for all.")
     if source in ("", "fashion-mnist") and (FASHION_MNIST / "train-images-idx3-ubyte.gz").is_file():
         parts = _fashion(FASHION_MNIST, side)
     elif source == "fashion-mnist":
@@ -102,18 +104,20 @@ def read_folder(folder: Path, side: int) -> tuple[Images, Images]:
     """Images in files: a class a folder, or no classes; parts as ``train`` and ``test``, ``val`` or ``validation``.
 
     Raises:
-        UserError: there is no image.
+        UserError: there is no image, or a class that ``train`` has not.
     """
     parts = {path.name: path for path in folder.iterdir() if path.is_dir()}
     test = next((parts[name] for name in ("test", "val", "validation") if name in parts), None)
     if "train" in parts:
         lessons = _files(parts["train"], side)
-        return (lessons, _files(test, side)) if test else _split(lessons)
+        return (lessons, _files(test, side, lessons.classes)) if test else _split(lessons)
     return _split(_files(folder, side))
 
 
 def from_dataset(data: Any, side: int) -> tuple[Images, Images]:
     """A ``datasets.DatasetDict`` or ``Dataset`` with an image column, and a label column where there is one.
+
+    The part to be examined on is ``test``, or ``validation`` where the labels of ``test`` are withheld (-1).
 
     Raises:
         UserError: no column holds images.
@@ -122,7 +126,8 @@ def from_dataset(data: Any, side: int) -> tuple[Images, Images]:
         return _split(_rows(data, side))
     names = list(data.keys())
     first = "train" if "train" in names else names[0]
-    test = next((name for name in ("test", "validation", "val") if name in names and name != first), None)
+    others = [name for name in ("test", "validation", "val") if name in names and name != first]
+    test = next((name for name in others if not _withheld(data[name])), None)
     lessons = _rows(data[first], side)
     return (lessons, _rows(data[test], side)) if test else _split(lessons)
 
@@ -163,13 +168,17 @@ def _resized(pixels: Tensor, side: int) -> Tensor:
     return resized.round_().clamp_(0, 255).to(torch.uint8)
 
 
-def _files(folder: Path, side: int) -> Images:
+def _files(folder: Path, side: int, of: Sequence[str] = ()) -> Images:
+    """The images in a folder; their classes are numbered as in ``of`` where it names any."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not paths:
         raise UserError(f"{folder} holds no image: give a folder of {', '.join(sorted(SUFFIXES))} files.")
     names = [path.relative_to(folder).parts[0] if path.parent != folder else "" for path in paths]
     classes = sorted({name for name in names if name})
-    known = len(classes) > 1 and all(names)
+    if of and (unknown := next((name for name in classes if name not in of), "")):
+        raise UserError(f'{folder} has the class "{unknown}", which the images to learn from have not: remove it.')
+    known = all(names) and (bool(of) or len(classes) > 1)
+    classes = list(of) or classes
     labels = torch.tensor([classes.index(name) for name in names] if known else [], dtype=torch.int64)
 
     def decode(row: int) -> Any:
@@ -189,10 +198,21 @@ def _rows(data: Any, side: int) -> Images:
     column = next((name for name, kind in kinds.items() if kind == "Image"), None)
     if column is None:
         raise UserError(f"The data set has no column of images: it has {', '.join(kinds)}.")
-    label = next((name for name, kind in kinds.items() if kind == "ClassLabel"), None)
+    label = _label(data)
     labels = torch.tensor(data[label] if label else [], dtype=torch.int64)
     classes = tuple(data.features[label].names) if label else ()
     return _decoded(len(data), lambda row: data[row][column], side, labels, classes)
+
+
+def _label(data: Any) -> str | None:
+    """The column of labels."""
+    return next((name for name, feature in data.features.items() if type(feature).__name__ == "ClassLabel"), None)
+
+
+def _withheld(data: Any) -> bool:
+    """Whether labels are missing, which the hub writes as -1."""
+    label = _label(data)
+    return label is not None and min(data[label], default=0) < 0
 
 
 def _decoded(count: int, decode: Callable[[int], Any], side: int, labels: Tensor, classes: tuple[str, ...]) -> Images:
@@ -213,6 +233,8 @@ def _decoded(count: int, decode: Callable[[int], Any], side: int, labels: Tensor
 
 def _square(image: Any, side: int, channels: int) -> Tensor:
     """The middle of a PIL image, its shorter side resized: uint8 (C, side, side)."""
+    if image.mode.startswith("I;16"):  # conversion would cut all above 255 off
+        image = image.convert("I").point(lambda value: value / 257)
     image = image.convert("RGB" if channels == 3 else "L")
     shrink = side / min(image.size)
     image = image.resize([max(side, round(length * shrink)) for length in image.size], resample=2, reducing_gap=3.0)

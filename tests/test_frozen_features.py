@@ -93,3 +93,5 @@ def test_all_figures_of_one_set() -> None:
         "nearest neighbours",
     ]
     assert set(found.values()) == {100.0}
+    few = [*range(4), *range(20, 24), *range(40, 44)]  # four of each class
+    assert "few-shot, 5 a class" not in figures(known, images, known[few], images.only(few), seed=0)

@@ -81,6 +81,39 @@ def test_the_middle_of_an_image_is_kept(tmp_path: Path) -> None:
     assert float(lessons.take([0]).min()) == 1.0
 
 
+def test_classes_have_the_numbers_of_the_part_to_learn_from(tmp_path: Path) -> None:
+    for place in ("train/a/1", "train/b/1", "train/c/1", "test/b/1", "test/c/1"):
+        write(tmp_path / f"{place}.png", 5)
+    lessons, exam = read_folder(tmp_path, 8)
+    assert exam.classes == lessons.classes == ("a", "b", "c")
+    assert exam.labels.tolist() == [1, 2]
+    write(tmp_path / "test" / "d" / "1.png", 5)
+    with pytest.raises(UserError, match='has the class "d"'):
+        read_folder(tmp_path, 8)
+
+
+def test_sixteen_bits_of_grey_are_scaled_to_eight(tmp_path: Path) -> None:
+    for number in range(2):
+        Image.fromarray(np.array([[0, 257 * 100], [257 * 200, 65535]], np.uint16)).save(tmp_path / f"{number}.png")
+    assert read_folder(tmp_path, 2)[0].read([0]).flatten().tolist() == [0, 100, 200, 255]
+
+
+def test_a_limit_below_zero_is_refused() -> None:
+    with pytest.raises(UserError, match="limit is -5"):
+        read_images("digits", 8, limit=-5)
+
+
+def test_a_part_without_labels_is_no_exam() -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"picture": datasets.Image(), "label": datasets.ClassLabel(names=["red", "black"])})
+    image = Image.new("L", (8, 8))
+    data = {
+        part: datasets.Dataset.from_dict({"picture": [image] * 2, "label": [label] * 2}, features=features)
+        for part, label in (("train", 0), ("validation", 1), ("test", -1))
+    }
+    assert from_dataset(datasets.DatasetDict(data), 8)[1].labels.tolist() == [1, 1]
+
+
 def test_a_data_set_of_the_hub_brings_its_labels(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     features = datasets.Features({"picture": datasets.Image(), "label": datasets.ClassLabel(names=["red", "black"])})

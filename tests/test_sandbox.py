@@ -86,6 +86,27 @@ def test_ordinary_programs_run(sandbox: Sandbox) -> None:
 
 
 @needs_isolation
+def test_the_program_is_a_module_that_annotations_are_looked_up_in(sandbox: Sandbox) -> None:
+    source = """
+        from __future__ import annotations
+        from dataclasses import dataclass
+        @dataclass
+        class Point:
+            x: int
+        def f(x):
+            return Point(x).x
+    """
+    assert judged(sandbox, source, "f(5) == 5").passed
+
+
+@needs_isolation
+@pytest.mark.parametrize("shows", ["traceback.print_stack()", "asyncio.run(asyncio.sleep(0))"])
+def test_lines_of_the_sandbox_itself_are_no_file_that_a_program_opens(sandbox: Sandbox, shows: str) -> None:
+    verdict = judged(sandbox, f"import asyncio, traceback\ndef f(x):\n    {shows}\n    return x", "f(5) == 5")
+    assert verdict.reason is not Reason.FILE, verdict
+
+
+@needs_isolation
 def test_nothing_is_left_to_the_next_program(sandbox: Sandbox) -> None:
     writes = """
         import os

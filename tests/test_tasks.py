@@ -252,6 +252,14 @@ def test_programs_are_found_in_responses() -> None:
     assert program_of(replace(item, starter=""), "f = max") == "f = max"
 
 
+def test_a_worded_lesson_holds_a_teachers_whole_function_once(programs: Programs) -> None:
+    whole = "def f(a, b):\n    return a+b"
+    item = Item("1", "code", "s", "s", "Do.", whole, starter="def f(a, b):", tests="f(1, 2) == 3")
+    datum = replace(programs, form="worded").datum(item)
+    assert datum.response == f"```python\n{whole}\n```"
+    assert programs.correct(item, datum.response)
+
+
 # Figures
 
 

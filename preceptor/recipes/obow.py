@@ -267,13 +267,14 @@ def main(config: Config) -> Table | None:
 def check_fit(config: Config, student: Student, teacher: MomentumTeacher, words: Vocabularies, images: Images) -> None:
     """Find at the door what does not fit: a map too small for words, views too small for the network."""
     two = images.take([0, 0])
-    maps = copy.deepcopy(teacher.model).eval()(teacher_view(two, config.views))
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        copy.deepcopy(words).eval()(maps)
-        try:
-            pooled(copy.deepcopy(student.backbone).eval(), student_views(two, config.views)[-1])
-        except RuntimeError as error:
-            raise UserError(f"The views are too small for {config.backbone} ({error}): enlarge them.") from error
+    try:
+        maps = copy.deepcopy(teacher.model).eval()(teacher_view(two, config.views))
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            copy.deepcopy(words).eval()(maps)
+            for view in student_views(two, config.views):
+                pooled(copy.deepcopy(student.backbone).eval(), view)
+    except RuntimeError as error:
+        raise UserError(f"The views are too small for {config.backbone} ({error}): enlarge them.") from error
 
 
 def examine(

@@ -15,7 +15,7 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any, NoReturn
 
 from preceptor.sandbox.kernel import Kernel, limit
@@ -84,7 +84,9 @@ def _confine(ends: Ends, kernel: Kernel, settings: Mapping[str, Any]) -> None:
 
 def _execute(source: str, calls: Sequence[str], results: int) -> None:
     """Run a program and its calls; a line of JSON for each, or one for the error before them."""
-    namespace: dict[str, Any] = {"__name__": "program"}
+    module = ModuleType("program")  # where dataclasses and typing look up what an annotation names
+    sys.modules[module.__name__] = module
+    namespace = module.__dict__
     try:
         exec(compile(source, PROGRAM, "exec"), namespace)
     except MemoryError:

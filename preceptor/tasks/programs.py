@@ -90,8 +90,11 @@ class Programs:
         return self.score([item], [response])[0]
 
     def datum(self, item: Item) -> Datum:
-        """The item with its reference solution: the rest of the line when compact, else the program in a code block."""
-        response = item.truth if self.form == "compact" else f"```python\n{item.starter}{item.truth}\n```"
+        """The item with its reference solution: the rest of the line when compact, else the program in a code block.
+
+        A truth may be the rest of the starter's line, as here, or the whole function, as a teacher writes it.
+        """
+        response = item.truth if self.form == "compact" else f"```python\n{program_of(item, item.truth)}\n```"
         kept = (item.id, item.instruction, response, item.truth, item.skill, item.subskill)
         return Datum(*kept, starter=item.starter, tests=item.tests)
 

@@ -212,6 +212,8 @@ def test_settings_that_no_run_can_have_are_refused(wrong: dict[str, object], sai
         ({"views": Views(side=16, size=16)}, "4x4 is too small.*5x5"),
         ({"data": "nowhere/at-all"}, "no set of images"),
         ({"views": Views(crops=0, patches=1, patch_size=2)}, "views are too small"),
+        ({"views": Views(crops=1, patches=1, crop_size=2)}, "views are too small"),
+        ({"views": Views(size=3)}, "views are too small"),
     ],
 )
 def test_what_does_not_fit_is_found_before_anything_is_written(wrong: dict[str, object], said: str) -> None:
