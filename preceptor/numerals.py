@@ -20,7 +20,13 @@ _VALUES = {word: value for value, word in enumerate(f"{_ONES}|{_TEENS}".split("|
 _VALUES |= {word: 20 + 10 * place for place, word in enumerate(_TENS.split("|"))}
 _SCALES = {"hundred": 100, "thousand": 1000, "million": 1_000_000}
 _WORD = "|".join(sorted([*_VALUES, *_SCALES], key=len, reverse=True))  # eighteen before eight
-_WORDS = re.compile(rf"\b(?:{_WORD})(?:(?:[\s-]+|\s+and\s+)(?:{_WORD}))*\b", re.I)
+# One number as it is spoken, so that neither "five and six" nor "one two three" is read as a sum.
+_AND = r"(?:\s+and\s+|[\s-]+)"
+_BELOW = rf"(?:(?:{_TENS})(?:[\s-]+(?:one|two|three|four|five|six|seven|eight|nine))?|{_ONES}|{_TEENS})\b"
+_GROUP = rf"(?:(?:{_BELOW}[\s-]+)?hundred\b(?:{_AND}{_BELOW}(?![\s-]+hundred))?|{_BELOW})"
+_THOUSANDS = rf"(?:{_GROUP}[\s-]+)?thousand\b(?:{_AND}{_GROUP}(?![\s-]+thousand))?"
+_MILLIONS = rf"(?:{_GROUP}[\s-]+)?million\b(?:{_AND}(?:{_THOUSANDS}|{_GROUP}(?![\s-]+million)))?"
+_WORDS = re.compile(rf"\b(?:{_MILLIONS}|{_THOUSANDS}|{_GROUP})", re.I)
 
 
 def unsigned_numbers(text: str) -> list[float]:

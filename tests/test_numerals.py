@@ -38,6 +38,13 @@ def test_every_number_word_has_its_value(value, word):
         ("twenty-five", "25"),
         ("one hundred and five", "105"),
         ("two thousand three hundred", "2300"),
+        ("one million two hundred thousand and five", "1200005"),
+        ("three hundred and forty-two thousand", "342000"),
+        ("a hundred sixteen", "a 116"),
+        ("five and six", "5 and 6"),
+        ("one two three", "1 2 3"),
+        ("two hundred three hundred", "200 300"),
+        ("twenty fifteen", "20 15"),
         ("someone is often alone", "someone is often alone"),
     ],
 )

@@ -89,13 +89,16 @@ def parts(text: str) -> Parts | None:
 def parse(text: str, *, strict: bool = False) -> Answer | None:
     r"""The final answer of a text, or None where none can be read.
 
-    The last of ``\boxed{...}``, ``#### ...`` and "answer is ..." decides, where there is one. Without: the whole text
-    where it is a number (``x = 5`` too), else its last number; with ``strict`` the whole text or nothing.
+    The last of ``\boxed{...}``, ``#### ...`` and "answer is ..." decides, where there is one; an "answer is" without a
+    number ("this answer is right") says nothing of one that was marked before it. Without: the whole text where it is
+    a number (``x = 5`` too), else its last number; with ``strict`` the whole text or nothing.
     """
     text = _plain(text[-LONGEST:])
     marks = list(_MARK.finditer(text))
     if marks:
-        return _marked(text, marks[-1])
+        told = _marked(text, marks[-1])
+        marked = [mark for mark in marks if mark[0].startswith(("\\", "#"))]
+        return told if told or not marked or marks[-1] is marked[-1] else _marked(text, marked[-1])
     whole = _whole(text)
     if whole or strict:
         return whole
@@ -162,6 +165,7 @@ def _marked(text: str, mark: re.Match[str]) -> Answer | None:
     line = (rest.strip().split("\n") or [""])[0]
     if mark[0] == "####":
         return _whole(line)
+    line = re.sub(r"\(\s*=[^()]*\)", " ", line)  # how it came about: 7 (= 3 + 4)
     sentence = re.split(r"\.(?:\s|$)", line)[0].rsplit("=", 1)[-1]
     numbers = _numbers(sentence)
     return _value(numbers[0], sentence) if numbers else None
