@@ -280,6 +280,14 @@ def small_student(*, seed: int, sees: bool = False) -> LanguageModel | Seeing:
         return Seeing(language).eval() if sees else language.eval()
 
 
+def reads_characters(student: str) -> bool:
+    """Whether a student is ``small``, or the folder of one: its tokenizer knows no longer pieces."""
+    path = Path(student) / "tokenizer.json"
+    if student == SMALL or not path.is_file():
+        return student == SMALL
+    return bool(json.loads(path.read_text(encoding="utf-8"))["model"]["type"] == "WordLevel")
+
+
 def load_pupil_model(folder: Path) -> LanguageModel | Seeing:
     """A student that ``Pupil.save`` wrote, or any local model by name; one that sees, where its eyes lie beside it."""
     language = load(str(folder))

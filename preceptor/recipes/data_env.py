@@ -55,15 +55,24 @@ from preceptor.iterations import (
     write_iteration,
 )
 from preceptor.language import Chat, ChatSettings, open_chat
-from preceptor.learners import SMALL, Pupil, load_pupil_model
+from preceptor.learners import SMALL, Pupil, Seeing, load_pupil_model, reads_characters
 from preceptor.methods import repeat
 from preceptor.models import load
 from preceptor.policies import Alternating, Asked, Chance, FillBalanced, Policy, Proportional, Threshold
 from preceptor.report import write_report
-from preceptor.schooling import SCHOOL_SEED, Exam, Questions, School, draw_questions, go_to_school
+from preceptor.schooling import (
+    SCHOOL_SEED,
+    Exam,
+    Questions,
+    School,
+    answer_length,
+    check_weak,
+    draw_questions,
+    go_to_school,
+)
 from preceptor.skill_environments import SkillForest, SkillList
 from preceptor.table import Table, Value
-from preceptor.tasks import Completed, Task, complete, report
+from preceptor.tasks import Completed, Task, complete, leaks, report
 from preceptor.training import Training
 
 REQUIRES = "teachers"
@@ -119,6 +128,8 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant, before anything is loaded."""
+        if min(self.items, self.hypotheses) < 1:
+            raise UserError(f"items is {self.items} and hypotheses {self.hypotheses}: both must be 1 or more.")
         if self.policy in ("train_retrain", "accumulate") and self.teacher.model == SYMBOLIC:
             raise UserError(f"The policy {self.policy} asks a language model: set teacher.model.")
         if self.task == "visual" and self.student.startswith("lora:"):
@@ -162,6 +173,7 @@ def main(config: Config) -> Table:
     """
     folder = Path(config.output)
     check_folder(folder, config, resume=config.resume)
+    check_weak(config.school, make_task(replace(config, skills=())))
     task = make_task(config)
     questions = draw_questions(config.exam, task, seed=config.training.seed)
     chat = None if config.teacher.model == SYMBOLIC else open_chat(config.teacher)
@@ -190,7 +202,7 @@ def begin(environment: DataEnvironment, seed: int) -> dict[str, Any]:
 
 def make_task(config: Config) -> Task:
     """The task, in the short form for a character model and in the worded one for a language model."""
-    form: Literal["compact", "worded"] = "worded" if config.student.startswith("lora:") else "compact"
+    form: Literal["compact", "worded"] = "compact" if reads_characters(config.student) else "worded"
     if config.task == "code":
         from preceptor.tasks.programs import Programs
 
@@ -228,7 +240,8 @@ def make_pupil(config: Config, task: Task, questions: Questions, folder: Path) -
     else:
         first = load_pupil_model(Path(config.student))
     batch = 256 if config.student == SMALL else 16
-    length = config.exam.answer_length
+    tokenizer = (first.language if isinstance(first, Seeing) else first).tokenizer
+    length = answer_length(config.exam, task, [*questions.validation, *questions.test], tokenizer)
     return Pupil(first, task, config.training, adapter=adapter, answer_length=length, batch_size=batch)
 
 
@@ -241,7 +254,9 @@ def make_world(
     episode = replace(config.episode, reject_known=config.episode.reject_known and seen, blind=not seen)
     folder, asked, test = Path(config.output) / ITERATIONS, questions.validation, questions.test
     if config.environment == "open_ended":
-        pool = tuple(task.items(30, seed=SCHOOL_SEED - 1 - seed))
+        drawn = task.items(60, seed=SCHOOL_SEED - 1 - seed)
+        held_out = leaks(drawn, [*asked, *test])  # the pool is shown with its answers
+        pool = tuple(item for item in drawn if item.id not in held_out)[:30]
         writes = OpenEndedAgent(writer, config.agent, pool, task.skills, items=config.items, seed=seed)
 
         def hand_over(info: Mapping[str, Any]) -> tuple[Any, list[str]]:

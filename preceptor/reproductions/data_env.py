@@ -32,10 +32,11 @@ ARMS = {
     "shuffled": "control: the items of with_state, their answers exchanged within each subskill",
 }
 
+SHORT = Exam(answer_length=12)
 STUDIES = {
-    "open-ended, math": Config(training=replace(TRAINING, epochs=8)),
-    "skill list, math": Config(environment="skill_list"),
-    "skill tree, math": Config(environment="skill_tree"),
+    "open-ended, math": Config(exam=SHORT, training=replace(TRAINING, epochs=8)),
+    "skill list, math": Config(environment="skill_list", exam=SHORT),
+    "skill tree, math": Config(environment="skill_tree", exam=SHORT),
     "open-ended, code": Config(
         task="code",
         skills=("arithmetic", "strings/joining", "strings/ending"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import shutil
 from collections import Counter
@@ -18,7 +19,7 @@ from preceptor.environment import Episode  # noqa: E402
 from preceptor.errors import UserError  # noqa: E402
 from preceptor.iterations import datum_from, datum_json, read_iterations, read_lines  # noqa: E402
 from preceptor.language import ChatSettings  # noqa: E402
-from preceptor.learners import Pupil  # noqa: E402
+from preceptor.learners import Pupil, small_student  # noqa: E402
 from preceptor.recipes import data_env  # noqa: E402
 from preceptor.recipes.data_env import (  # noqa: E402
     Config,
@@ -29,8 +30,10 @@ from preceptor.recipes.data_env import (  # noqa: E402
     tiny,
 )
 from preceptor.reproductions.data_env import shuffled  # noqa: E402
-from preceptor.schooling import draw_questions, go_to_school  # noqa: E402
+from preceptor.schooling import Exam, School, answer_length, check_weak, draw_questions, go_to_school  # noqa: E402
+from preceptor.tasks import leaks  # noqa: E402
 from preceptor.tasks.figures import Figures  # noqa: E402
+from preceptor.training import Training  # noqa: E402
 
 
 def digest(path: Path) -> str:
@@ -164,6 +167,59 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
         Config(task="visual", student="lora:rank=8,base=smollm2")
     with pytest.raises(UserError, match="needs a base"):
         Config(student="lora:rank=8")
+    with pytest.raises(UserError, match="items is 0"):
+        Config(items=0)
+    for wrong in ({"test": 0}, {"validation": 0}, {"answer_length": 0}):
+        with pytest.raises(UserError, match="must be 1 or more"):
+            Exam(**wrong)
+    with pytest.raises(UserError, match="school.items is 0"):
+        School(items=0)
+
+
+def test_weak_subskills_are_those_that_there_are() -> None:
+    check_weak(School(), make_task(Config(task="code")))
+    with pytest.raises(UserError, match="no subskill 'three_digit'"):
+        data_env.main(replace(tiny, school=School(weak=("reversal/three_digit",)), output="out"))
+
+
+def test_an_exam_leaves_half_of_a_small_subskill_to_be_taught() -> None:
+    task = make_task(Config(skills=("multiplication/tables",)))
+    with pytest.warns(UserWarning, match="The exam asks only 32 of multiplication/tables"):
+        questions = draw_questions(Exam(), task, seed=0)
+    asked = [*questions.validation, *questions.test]
+    assert len({item.instruction for item in asked}) == len(asked) == 32
+    assert len(questions.validation) == 7
+    assert len(leaks(task.items(64, seed=5), asked)) < 40
+
+
+def test_answers_are_read_to_their_end() -> None:
+    task = make_task(Config(student="lora:rank=8,base=smollm2"))
+    items, tokenizer = task.items(60, seed=1), small_student(seed=0).tokenizer
+    with pytest.raises(UserError, match="exam.answer_length is 12, and right answers take up to"):
+        answer_length(Exam(answer_length=12), task, items, tokenizer)
+    length = answer_length(Exam(), task, items, tokenizer)
+    assert task.score(items, [task.datum(item).response[:length] for item in items]) == [True] * len(items)
+
+
+def test_language_models_are_asked_in_words(tmp_path: Path) -> None:
+    Pupil(small_student(seed=0), make_task(Config()), Training(steps=1)).save(tmp_path / "small", card={})
+    forms = {
+        student: vars(make_task(Config(student=student)))["form"]
+        for student in ("small", "smollm2", str(tmp_path / "small"))
+    }
+    assert list(forms.values()) == ["compact", "worded", "compact"]
+
+
+def test_the_pool_that_a_teacher_is_shown_holds_no_question_of_the_exam(tmp_path: Path) -> None:
+    config = Config(skills=("subtraction/one_digit",), output=str(tmp_path))
+    task = make_task(config)
+    with pytest.warns(UserWarning, match="The exam asks only"):
+        questions = draw_questions(config.exam, task, seed=0)
+    pupil = Pupil(small_student(seed=0), task, config.training)
+    _, act = make_world(config, task, pupil, questions, None)
+    pool = inspect.getclosurevars(act).nonlocals["writes"].pool
+    assert pool
+    assert not leaks(pool, [*questions.validation, *questions.test])
 
 
 @pytest.mark.parametrize("task", ["math", "code", "visual"])
