@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -224,7 +225,10 @@ def read_problems(path: Path, *, limit: int | None = None) -> list[tuple[str, st
 
 
 def chat_sampler(chat: Chat, settings: CommonErrors, *, seed: int = 0) -> Sampler:
-    """Solutions by a language model, asked with two worked examples in GSM8K's form."""
+    """Solutions by a language model, asked with two worked examples in GSM8K's form.
+
+    A call that failed gives an empty solution, with a warning; where all fail, a ``UserError`` is raised.
+    """
     shots: list[Message] = []
     for question, solution in SHOTS:
         shots += [{"role": "user", "content": question}, {"role": "assistant", "content": solution}]
@@ -240,7 +244,14 @@ def chat_sampler(chat: Chat, settings: CommonErrors, *, seed: int = 0) -> Sample
             for problem in problems
             for place in range(settings.samples)
         ]
-        texts = [reply.text for reply in chat.ask(requests)]
+        replies = chat.ask(requests)
+        failures = [reply.error for reply in replies if reply.error]
+        if failures and len(failures) == len(replies):
+            raise UserError(f"No call for a solution was answered ({failures[0]}): see to the model, and run again.")
+        if failures:
+            told = f"{len(failures)} of {len(replies)} calls for solutions failed ({failures[0]})"
+            warnings.warn(f"{told}: their problems have fewer samples.", stacklevel=2)
+        texts = [reply.text for reply in replies]
         return [texts[start : start + settings.samples] for start in range(0, len(texts), settings.samples)]
 
     return draw

@@ -142,6 +142,14 @@ def test_a_sampler_with_known_frequencies_gives_the_dialogues() -> None:
     assert len(asked[0].messages) == 5
 
 
+def test_calls_that_fail_are_told_and_are_no_samples() -> None:
+    settings = replace(FREE, samples=10)
+    with pytest.warns(UserWarning, match="4 of 10 calls for solutions failed"):
+        chat_sampler(Chat(Scripted([drawn(7)] * 6), shown=False), settings)(["Three boxes?"])
+    with pytest.raises(UserError, match="No call for a solution was answered"):
+        chat_sampler(Chat(Scripted([]), shown=False), settings)(["Three boxes?"])
+
+
 def test_problems_of_another_form_are_refused() -> None:
     Path("x.jsonl").write_text('{"question": "Q"}\n', encoding="utf-8")
     with pytest.raises(UserError, match="question, answer"):
