@@ -165,7 +165,7 @@ class Asked:
         Raises:
             UserError: none of the answers is an action.
         """
-        problem, subskills = "", history[-1].tree.subskills if history else ()
+        problem, there = "", history[-1].tree.allocation if history else {}
         for attempt in range(self.tries):
             text = self._prompt(history, performance)
             text += f"\n\nYour last answer was no action: {problem}" if problem else ""
@@ -174,7 +174,7 @@ class Asked:
                 problem = reply.error
                 continue
             try:
-                return read_action(reply.data, subskills, most=self.items if self.form == "accumulate" else None)
+                return read_action(reply.data, there, most=self.items if self.form == "accumulate" else None)
             except UserError as error:
                 problem = str(error)
         raise UserError(f"The teacher chose no action for {self.skill} in {self.tries} tries ({problem}).")
@@ -208,13 +208,13 @@ class Asked:
         return f"{place}. skill {self.skill}; {shown + '; ' if shown else ''}{one.action}; {subskills}; total {total}"
 
 
-def read_action(data: Any, subskills: Sequence[str], *, most: int | None = None) -> Action:
+def read_action(data: Any, there: Mapping[str, int], *, most: int | None = None) -> Action:
     """The action that a structured answer describes. Subskills that an Exploit leaves out keep their items, warned of.
 
     Args:
         data: the parsed answer.
-        subskills: those that the skill has.
-        most: items that one subskill may be given in one action; None sets no limit.
+        there: the skill's subskills with the items that each has.
+        most: items that a subskill may have after the action, which are those then written; None sets no limit.
 
     Raises:
         UserError: Explore lacks one of its integers, Exploit its map, or a subskill is unknown; the text says which.
@@ -230,14 +230,14 @@ def read_action(data: Any, subskills: Sequence[str], *, most: int | None = None)
     delta = data.get("delta")
     if not isinstance(delta, Mapping) or not all(isinstance(change, int) for change in delta.values()):
         raise UserError("Exploit needs the map delta, from each subskill to a whole number: give it.")
-    unknown = [name for name in delta if name not in subskills]
+    unknown = [name for name in delta if name not in there]
     if unknown:
-        raise UserError(f"There is no subskill {unknown[0]!r}: choose among {', '.join(subskills) or 'none; explore'}.")
-    missing = [name for name in subskills if name not in delta]
+        raise UserError(f"There is no subskill {unknown[0]!r}: choose among {', '.join(there) or 'none; explore'}.")
+    missing = [name for name in there if name not in delta]
     if missing:
         warnings.warn(f"Exploit says nothing of {', '.join(missing)}: they keep their number of items.", stacklevel=2)
-    changes = {name: int(delta.get(name, 0)) for name in subskills}
-    return Exploit(changes if most is None else {name: min(change, most) for name, change in changes.items()})
+    changes = {name: int(delta.get(name, 0)) for name in there}
+    return Exploit(changes if most is None else {name: min(changes[name], most - there[name]) for name in there})
 
 
 def _figure(value: float | None) -> str:

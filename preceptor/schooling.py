@@ -109,7 +109,11 @@ def go_to_school(school: School, task: Task, questions: Questions, folder: Path,
     pupil = Pupil(first, task, replace(school.training, seed=seed))
     shutil.rmtree(folder, ignore_errors=True)
     pupil.learn(lessons, folder / "training")
-    pupil.save(folder / "student", card={"method": "school", "items": len(lessons), "weak": ", ".join(school.weak)})
+    card: dict[str, object] = {"method": "school", "items": len(lessons), "weak": ", ".join(school.weak)}
+    pupil.save(folder / "unfinished" / "student", card=card)
+    # Only now: a student without its eyes, which are saved last, would pass for one that sees nothing.
+    (folder / "unfinished" / "student").rename(folder / "student")
+    (folder / "unfinished").rmdir()
 
 
 def answer_length(exam: Exam, task: Task, items: Sequence[Item], tokenizer: Any) -> int:

@@ -201,7 +201,7 @@ def test_actions_are_read_strictly() -> None:
         ({"action": "exploit", "delta": {"adding": 1.5}}, "map delta"),
     ):
         with pytest.raises(UserError, match=told):
-            read_action(data, ["adding"])
+            read_action(data, {"adding": 3})
 
 
 ITEMS = Arithmetic().items(4, seed=0, skill="addition")
@@ -234,3 +234,8 @@ def test_an_unknown_label_is_asked_for_again_and_then_an_error_that_lists_the_al
 def test_items_that_name_their_skills_need_no_discovery() -> None:
     items: list[Item] = Arithmetic(only=("units", "reversal/four_digits")).items(8, seed=0)
     assert skills_of(items).categories.keys() == {"units", "reversal"}
+
+
+def test_no_subskill_has_more_items_than_it_may() -> None:
+    told = {"action": "exploit", "delta": {"adding": 30, "halving": 2}}
+    assert read_action(told, {"adding": 20, "halving": 5}, most=30) == Exploit({"adding": 10, "halving": 2})
