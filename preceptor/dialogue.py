@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 
 from preceptor.errors import UserError
 from preceptor.folder import write_whole
-from preceptor.numerals import final_is
+from preceptor.numerals import final_is, mentions
 
 Role = Literal["teacher", "student"]
 Outcome = Literal["solved", "revealed", "unsolved", "out of turns", "stopped", "failed"]
@@ -266,7 +266,8 @@ def play(
         student: the learner.
         dialogues: as they stand; those with an outcome are left alone, those with turns are taken up.
         rounds: interventions after the opening line.
-        solved: whether a text ``(text, gold)`` gives the right answer; by default its last or its declared number.
+        solved: whether a student's text ``(text, gold)`` gives the right answer; by default its last or its declared
+            number. A teacher has said the answer where it mentions it.
         shown: called after each round with the rounds that are done, and all.
     """
     if rounds < 0:
@@ -294,6 +295,6 @@ def ended(dialogue: Dialogue, solved: Callable[[str, str], bool] = final_is) -> 
     if last.error:
         return replace(dialogue, outcome="failed")
     if last.role == "student" and solved(last.text, dialogue.gold):
-        told = any(solved(turn.text, dialogue.gold) for turn in dialogue.of("teacher"))
+        told = any(mentions(turn.text, dialogue.gold) for turn in dialogue.of("teacher"))  # as telling@k counts it
         return replace(dialogue, outcome="revealed" if told else "solved")
     return dialogue

@@ -190,6 +190,12 @@ def test_scripted_sides_end_as_they_must(after: int) -> None:
     assert {len(one.of("student")) for one in told} == {after + 1}
 
 
+def test_an_answer_that_a_teacher_mentions_in_passing_is_told() -> None:
+    told = Turn("teacher", "12 plus 5 gives 17, right? And how many are 2 of them?")
+    said = Turn("student", "It is 17.")
+    assert ended(Dialogue("p", "s\n17", "w", turns=(told, said))).outcome == "revealed"
+
+
 def test_out_of_turns_is_not_solved_and_the_last_turn_may_solve() -> None:
     assert {one.outcome for one in play(next_step_tutor, parrot_student, bare(), rounds=3)} == {"out of turns"}
     assert {one.outcome for one in play(next_step_tutor, self_correcting_student(3), bare(), rounds=3)} == {"solved"}
