@@ -86,7 +86,7 @@ def _quantity(answer: str) -> _Quantity | None:
         return None
     if power := _POWER.fullmatch(_SPACES.sub("", text)):
         return _raised(power["sign"], int(power["base"]), int(power["power"]))
-    found = parts(text.replace("~", " "))
+    found = parts(text.replace("~", " ").strip(" *_\"'`:"))
     measured = _measured(found.after, short_unit(found.currency)) if found else None
     if found and measured:
         return _Quantity(found.value, found.name, *measured)
