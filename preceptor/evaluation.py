@@ -22,7 +22,7 @@ from tyro.conf import Positional
 from preceptor.data import Message, Sequence, encode, encode_prompt, make_prompts, read
 from preceptor.errors import UserError
 from preceptor.folder import write_whole
-from preceptor.lessons import Text, prepare, write_answers
+from preceptor.lessons import read_lessons, write_answers
 from preceptor.measures import (
     LABELS_ONLY,
     TAUGHT,
@@ -260,7 +260,7 @@ def _held_out(
         shown = [conversation for conversation in asked if conversation]
         return encode(examples, teacher.tokenizer, max_length=config.max_length), shown[: config.shown]
     if lessons is not None and lessons.is_file():
-        prepared = prepare(Text(), teacher, seed=config.seed, path=lessons)
+        prepared = read_lessons(lessons)
         return prepared.exam[: config.limit], prepared.questions[: config.shown]
     asked = make_prompts(config.limit, config.seed, held_out=True)
     ids = [encode_prompt(messages, teacher.tokenizer) for messages in asked]

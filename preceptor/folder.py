@@ -49,12 +49,12 @@ def check_folder(folder: Path, config: Any, *, resume: bool) -> None:
     """Refuses what `open_folder` refuses, before anything is loaded; writes nothing.
 
     Raises:
-        UserError: the folder holds another run, or a run and `resume` is False.
+        UserError: the folder is a file, may not be read, holds another run, or holds a run and `resume` is False.
     """
     path = folder / "config.json"
-    if folder.is_file():
-        raise UserError(f"{folder} is a file: choose a folder with --output.")
     with writable(folder, "a run"):
+        if folder.is_file():
+            raise UserError(f"{folder} is a file: choose a folder with --output.")
         there = path.exists()
     if there:
         _same_run(folder, json.loads(resolved(config)), path, resume=resume)

@@ -83,7 +83,7 @@ def prepare(text: Text, teacher: LanguageModel, *, seed: int, path: Path) -> Les
             first = file.readline().rstrip("\n")
         if first.startswith('{"part": "settings"') and first != made_by:
             raise UserError(f"{path} was made by other settings of the text or another seed: choose another folder.")
-        return _read(path)
+        return read_lessons(path)
     train, exam = _examples(text, seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -115,8 +115,22 @@ def recorded(source: str) -> list[Sequence]:
     with path.open(encoding="utf-8") as file:
         if not file.readline().startswith('{"part": '):
             return []
-    lessons = _read(path)
+    lessons = read_lessons(path)
     return lessons.train + lessons.exam
+
+
+def read_lessons(path: Path) -> Lessons:
+    """The lessons that a run has written, whatever its settings of the text were."""
+    lessons = Lessons([], [], [])
+    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+        record = json.loads(line)
+        if record["part"] == "question":
+            lessons.questions.append(tuple(record["messages"]))
+        if record["part"] not in ("train", "exam"):
+            continue
+        sequence = Sequence(tuple(record["ids"]), tuple(mark == "1" for mark in record["response"]))
+        (lessons.train if record["part"] == "train" else lessons.exam).append(sequence)
+    return lessons
 
 
 def _examples(text: Text, seed: int) -> tuple[list[Example], list[Example]]:
@@ -207,16 +221,3 @@ def _write(path: Path, made_by: str, lessons: Lessons, tokenizer: Any) -> None:
             lines.append({"part": part, "text": text, "ids": sequence.ids, "response": response})
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, made_by + "\n" + "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-
-
-def _read(path: Path) -> Lessons:
-    lessons = Lessons([], [], [])
-    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-        record = json.loads(line)
-        if record["part"] == "question":
-            lessons.questions.append(tuple(record["messages"]))
-        if record["part"] not in ("train", "exam"):
-            continue
-        sequence = Sequence(tuple(record["ids"]), tuple(mark == "1" for mark in record["response"]))
-        (lessons.train if record["part"] == "train" else lessons.exam).append(sequence)
-    return lessons

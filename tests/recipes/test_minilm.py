@@ -169,7 +169,8 @@ def test_relation_heads_and_a_lower_teacher_layer(config):
     assert set(table.rows) == {"query relation", "key relation", "value relation"}
     lines = [json.loads(line) for line in (Path(other.output) / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "held_out_query" in line] == [3, 6]
-    assert lines[-1]["held_out_query"] == pytest.approx(table.rows["query relation"]["taught"])
+    taught = table.rows["query relation"]["taught"]  # in the student's own precision; while it learned, in bfloat16
+    assert lines[-1]["held_out_query"] == pytest.approx(taught, rel=1e-2)
 
 
 def test_a_remembering_teacher_says_the_same_and_the_control_what_belongs_to_another():
