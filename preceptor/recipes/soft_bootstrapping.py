@@ -2,7 +2,7 @@
 
 Paper: Semantic Soft Bootstrapping: Long Context Reasoning in LLMs without Reinforcement Learning (Mitra & Ulukus,
 2025), https://arxiv.org/abs/2512.05105
-Reproduction: holds in part over 2 seeds: hint, loss and controls do, more right answers for 1; labels teach more
+Reproduction: in part over 3 seeds: hint, loss and controls hold; more right answers for 2 of 3; labels teach more
 
 One model has two roles. For each question x it draws K rollouts, which a verifier marks; the first right one, y+, and
 the first of the most frequent wrong answer, y- (a random wrong one where none is repeated), stand in the teacher's
