@@ -99,7 +99,10 @@ def main(config: Config) -> None:
     """
     run, settings = _run_of(config.student)
     folder = _writable(Path(config.output) if config.output else run or _folder_named(config.student))
-    teacher = load(config.teacher or _text(settings, "teacher") or "smollm2", dtype=config.dtype)
+    named = config.teacher or _text(settings, "teacher") or "smollm2"
+    if not config.teacher and named.startswith("fresh:"):
+        raise UserError(f"The teacher of {run} ({named}) was made within that run: name another one with --teacher.")
+    teacher = load(named, dtype=config.dtype)
     student = load(_weights(config.student, run), dtype=config.dtype)
     same_tokenizer(teacher, student)
     others = _others(config, settings, teacher)
@@ -208,6 +211,10 @@ def _writable(folder: Path) -> Path:
 def _run_of(student: str) -> tuple[Path | None, dict[str, Any]]:
     """The run's folder that a student lies in, if any, and its settings."""
     path = Path(student)
+    if (path / "environment.json").is_file() and not (path / "student").is_dir():
+        raise UserError(
+            f"{path} is a run without a student: it has not ended (--resume goes on), or its method keeps none."
+        )
     for folder in (path, path.parent):
         if (folder / "config.json").is_file() and (folder / "student").is_dir():
             try:

@@ -103,6 +103,8 @@ def _same_run(folder: Path, config: dict[str, Any], path: Path, *, resume: bool)
         there = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as the settings of a run: choose another folder.") from error
+    if not isinstance(there, dict) or set(there) != set(config):
+        raise UserError(f"{folder} holds a run of another method or of another version: choose another folder.")
     different = _difference(there, config)
     if different:
         raise UserError(

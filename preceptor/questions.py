@@ -119,8 +119,8 @@ def read_file(path: Path) -> tuple[Item, ...]:
         return read_math(path)
     if not path.is_file():
         raise UserError(
-            f"There are no questions \"{path}\": give {SUMS}, {PROBLEMS}, a file in GSM8K's form, or MATH's folder or "
-            "file."
+            f"There is no file or folder {path} with questions: give {SUMS}, {PROBLEMS}, a file in GSM8K's "
+            "form, or MATH's folder or file."
         )
     first = next((line for line in read_utf8(path).split("\n") if line.strip()), "")
     try:

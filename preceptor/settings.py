@@ -54,7 +54,7 @@ class Training:
     def __post_init__(self) -> None:
         """Refuses settings that cannot be meant, with one sentence each."""
         if self.steps is not None and self.epochs is not None:
-            raise UserError("Both steps and epochs are given: set one of them to None.")
+            raise UserError("Both steps and epochs are given: set the other one to None, as in --training.epochs None.")
         for name in ("steps", "epochs", "batch_size", "accumulate", "learning_rate", "clip", "keep"):
             value = dataclasses.asdict(self)[name]
             if value is not None and not value > 0:

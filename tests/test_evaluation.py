@@ -427,6 +427,22 @@ def test_settings_that_leave_nothing_are_refused() -> None:
         Config("x", max_length=1)
 
 
+@pytest.mark.parametrize(
+    ("kept", "settings", "told"),
+    [
+        (False, "{}", "is a run without a student"),
+        (True, '{"teacher": "fresh:layers=2"}', "name another one with --teacher"),
+    ],
+)
+def test_a_run_that_cannot_be_evaluated_says_why(tmp_path: Path, kept: bool, settings: str, told: str) -> None:
+    (tmp_path / "config.json").write_text(settings)
+    (tmp_path / "environment.json").write_text("{}")
+    if kept:
+        (tmp_path / "student").mkdir()
+    with pytest.raises(UserError, match=told):
+        main(Config(str(tmp_path)))
+
+
 def test_an_evaluation_that_cannot_begin_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="--output"):

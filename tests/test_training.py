@@ -379,6 +379,9 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(tmp_path: Path) -> No
     other = dataclasses.replace(config, temperature=4.0)
     with pytest.raises(UserError, match=r"another run \(temperature is 1.0 there and 4.0 here\)"):
         Run(other.training, student=network(), folder=tmp_path, config=other, resume=True)
+    (tmp_path / "config.json").write_text(json.dumps({"teacher": "smollm2", "training": {}}))
+    with pytest.raises(UserError, match="another method"):
+        Run(config.training, student=network(), folder=tmp_path, config=config, resume=True)
     (tmp_path / "config.json").write_text("not json")
     with pytest.raises(UserError, match="cannot be read"):
         Run(config.training, student=network(), folder=tmp_path, config=config, resume=True)

@@ -133,6 +133,7 @@ tiny = Config(
 )
 
 # The authors' scripts: Qwen2.5-3B-Instruct on GSM8K's training file, 256 questions kept, 192 steps; MATH-500 as exam.
+# Both files are read from the current folder; others are named by --questions.source and --questions.exam-source.
 paper = Config(
     teacher="Qwen/Qwen2.5-3B-Instruct",
     student="lora:rank=32,alpha=32",
@@ -195,6 +196,11 @@ def bootstrap(config: Config, items: Listed[Item], exam: Listed[Item], verify: V
     for asked, purpose in ((items, "to learn from"), (exam, "for the exam")):
         if not asked:
             raise UserError(f"There is no question {purpose}: give at least one.")
+    if len(items) <= config.held_out:
+        raise UserError(
+            f"There are {len(items)} questions to learn from and held_out is {config.held_out}: ask more "
+            "(questions.count), or hold fewer out."
+        )
     folder = Path(config.output)
     check_folder(folder, config, resume=config.resume)
     teacher, student = load(config.teacher, dtype=config.dtype), unlearned(config)

@@ -362,6 +362,11 @@ def test_labels_alone_ask_no_teacher(tmp_path, tokenizer, ends):
     assert lines[-1]["loss"] < lines[0]["loss"]
 
 
+def test_too_few_questions_are_refused_before_a_model_is_loaded():
+    with pytest.raises(UserError, match="3 questions to learn from and held_out is 3"):
+        bootstrap(Config(teacher="nowhere", held_out=3), asked()[:3], asked()[3:], toss)
+
+
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
