@@ -26,7 +26,7 @@ from transformers.cache_utils import DynamicLayer
 
 from preceptor.data import Batch, Sequence, collate
 from preceptor.errors import UserError
-from preceptor.generation import Prefix, Sampling, go_on, left_pad
+from preceptor.generation import Prefix, Sampling, draw, go_on, left_pad
 from preceptor.losses.chunked import CHUNK_BYTES, blocks, packed, product_type, says
 from preceptor.models import LanguageModel, in_evaluation, project
 from preceptor.teacher import Teacher
@@ -212,7 +212,7 @@ def differences(
         log_p = says(said, part, product_type(rows))
         p = log_p.exp()
         gaps.append((p * (log_p - log_q)).sum(-1))
-        tokens.append(log_p.argmax(-1) if choice == "likeliest" else torch.multinomial(p, 1).squeeze(-1))
+        tokens.append(log_p.argmax(-1) if choice == "likeliest" else draw(p))
     return torch.cat(gaps), torch.cat(tokens)
 
 

@@ -8,8 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from preceptor.errors import UserError
+
+BLOCK = 256  # classes whose probabilities are summed first, when one of many is drawn
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +69,7 @@ class Sampling:
             )
         if self.temperature == 0:
             return logits.argmax(-1)
-        logits = logits.float() / self.temperature
+        logits = logits.float() if self.temperature == 1 else logits.float() / self.temperature
         places: Tensor | None = None
         if 0 < self.top_k < logits.shape[-1]:
             # Drawing among the k alone: a draw from a whole vocabulary costs as much as the model itself on a CPU.
@@ -77,8 +80,30 @@ class Sampling:
             logits = torch.full_like(logits, -torch.inf).scatter(
                 -1, order, ordered.masked_fill(before >= self.top_p, -torch.inf)
             )
-        drawn = torch.multinomial(logits.softmax(-1), 1)
-        return (drawn if places is None else places.gather(-1, drawn)).squeeze(-1)
+        drawn = draw(logits.softmax(-1))
+        return drawn if places is None else places.gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
+
+
+def draw(probabilities: Tensor) -> Tensor:
+    """One class for each row, (B,) int64, from probabilities (B, V), with torch's global generator of the device.
+
+    Inverts cumulative sums, first over blocks of classes, then within the block drawn: two uniform numbers a row, and
+    sums so short that single precision is enough. (`torch.multinomial` draws an exponential variable for every class,
+    on a CPU a quarter of a small model's step.) A class without probability is never drawn.
+    """
+    rows, classes = probabilities.shape
+    blocks = pad(probabilities, (0, -classes % BLOCK)).reshape(rows, -1, BLOCK)
+    block = _invert(blocks.sum(-1))
+    return block * BLOCK + _invert(blocks[torch.arange(rows, device=block.device), block])
+
+
+def _invert(weights: Tensor) -> Tensor:
+    """An index for each row of weights (B, n), as likely as its weight."""
+    sums = weights.cumsum(-1)
+    whole = sums[:, -1:]
+    drawn = torch.searchsorted(sums, torch.rand_like(whole) * whole, right=True).squeeze(-1)
+    # The product may round up to the whole, beyond which there is nothing: then it is the last class with a weight.
+    return torch.minimum(drawn, (sums < whole).sum(-1))
 
 
 def sample(

@@ -217,7 +217,7 @@ def test_the_difficulty_of_sums_is_tuned():
 
 
 def test_what_gives_no_question_is_refused(tmp_path: Path):
-    with pytest.raises(UserError, match=r'no file or folder nowhere\.jsonl with questions: give sums, problems'):
+    with pytest.raises(UserError, match=r"no file or folder nowhere\.jsonl with questions: give sums, problems"):
         draw(Questions(source="nowhere.jsonl"), seed=0)
     path = tmp_path / "train.jsonl"
     path.write_text(GSM8K)
