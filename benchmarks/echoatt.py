@@ -186,6 +186,10 @@ def _line(times: dict[str, float]) -> str:
     return f"shared {times['shared']:.1f} ms; {', '.join(ratios)}; limit {times['limit']:.2f}"
 
 
+def _size(name: str) -> list[int]:
+    return [int(word) for word in name.split()[2:] if word.isdigit()]
+
+
 def _table(found: dict[str, dict[str, float]]) -> str:
     lines = [
         "# SmolLM2-135M with 23 of 30 layers sharing attention",
@@ -196,7 +200,7 @@ def _table(found: dict[str, dict[str, float]]) -> str:
         "| | shared, ms | sdpa | eager | ours, unshared | limit |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for name, times in found.items():
+    for name, times in sorted(found.items(), key=lambda row: (row[0].split()[:2], _size(row[0]))):
         ratios = " | ".join(f"{times[arm] / times['shared']:.2f}" for arm in ARMS[1:])
         lines.append(f"| {name} | {times['shared']:,.0f} | {ratios} | {times['limit']:.2f} |")
     return "\n".join(lines) + "\n"
