@@ -72,7 +72,7 @@ class Sampling:
         logits = logits.float() if self.temperature == 1 else logits.float() / self.temperature
         places: Tensor | None = None
         if 0 < self.top_k < logits.shape[-1]:
-            # Drawing among the k alone: a draw from a whole vocabulary costs as much as the model itself on a CPU.
+            # Only the k need probabilities, not a whole vocabulary.
             logits, places = logits.topk(self.top_k, dim=-1)
         if self.top_p < 1:
             ordered, order = logits.sort(dim=-1, descending=True)
@@ -89,7 +89,7 @@ def draw(probabilities: Tensor) -> Tensor:
 
     Inverts cumulative sums, first over blocks of classes, then within the block drawn: two uniform numbers a row, and
     sums so short that single precision is enough. (`torch.multinomial` draws an exponential variable for every class,
-    on a CPU a quarter of a small model's step.) A class without probability is never drawn.
+    on a CPU more than a tenth of a small model's step.) A class without probability is never drawn.
     """
     rows, classes = probabilities.shape
     blocks = pad(probabilities, (0, -classes % BLOCK)).reshape(rows, -1, BLOCK)

@@ -35,11 +35,13 @@ def test_rows_have_their_own_classes_and_the_seed_decides() -> None:
     assert torch.equal(first, torch.stack([draw(p) for _ in range(40)]))
 
 
-def test_a_number_that_rounds_up_to_the_whole_draws_the_last_class_with_a_weight(monkeypatch) -> None:
-    monkeypatch.setattr(torch, "rand_like", torch.ones_like)
+@pytest.mark.parametrize(("number", "drawn"), [(torch.zeros_like, [7, 3]), (torch.ones_like, [290, 3])])
+def test_the_ends_of_the_interval_draw_classes_with_a_weight(monkeypatch, number, drawn) -> None:
+    """0 may be drawn, and a number just below 1 may round up to the whole."""
+    monkeypatch.setattr(torch, "rand_like", number)
     p = torch.zeros(2, 300)
     p[0, 7], p[0, 290], p[1, 3] = 0.25, 0.75, 1.0
-    assert draw(p).tolist() == [290, 3]
+    assert draw(p).tolist() == drawn
 
 
 def test_temperature_and_nucleus_shape_what_is_drawn() -> None:

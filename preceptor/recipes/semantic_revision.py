@@ -27,7 +27,7 @@ public; what is reconstructed is said in those modules. Decided here beyond them
 
 The file is long because three terms, each usable alone, share one loop.
 
-Reproduction: in part over 3 seeds: corrections help, bounds and spans hold; no gain in KL or ROUGE-L over plain KL
+Reproduction: in part over 3 seeds: corrections help, bounds hold; spans as random ones, no gain over plain KL
 
 Command: ``preceptor run semantic_revision --teacher smollm2 --student teacher:layers=15``
 """
