@@ -36,15 +36,19 @@ from torch import Tensor
 from preceptor.cache import Cache, CachedTeacher, Plan, Wanted, capture
 from preceptor.cache.choice import fit
 from preceptor.cache.codecs import codebook, codec_from, encode
-from preceptor.cache.measures import LogProbs
+from preceptor.cache.decoding_error import LogProbs
 from preceptor.cache.soft import kl_to_topk
 from preceptor.cache.store import ENTRY
-from preceptor.data import Batch, Example, Sequence, collate, encode as tokenise, make_prompts
+from preceptor.data.embedded_prompts import make_prompts
+from preceptor.data.encoding import encode as tokenise
+from preceptor.data.readers import Example
+from preceptor.data.sequences import Batch, Sequence, collate
+from preceptor.distillation.teachers import FrozenTeacher, Teacher
 from preceptor.knowledge import Head, TopKTargets
 from preceptor.losses.divergences import divergence
-from preceptor.models import LanguageModel, load
-from preceptor.student import make_student
-from preceptor.teacher import FrozenTeacher, Teacher
+from preceptor.models.language_model import LanguageModel
+from preceptor.models.loading import load
+from preceptor.models.student import make_student
 
 DATA = Path(__file__).parents[2] / "shared/data/gsm8k/train.jsonl"
 BUDGETS = {"hidden": (92, 288, 432, 578), "top_k": (25, 50, 100, 200), "sampled": (25, 50, 100)}
@@ -123,7 +127,7 @@ def text(teacher: LanguageModel, tokens: int) -> list[Sequence]:
         pairs = [(row["question"], row["answer"]) for row in rows[: tokens // 100]]
     else:
         prompts = make_prompts(tokens // 40)
-        from preceptor.data import encode_prompt
+        from preceptor.data.encoding import encode_prompt
 
         answers = teacher.generate([encode_prompt(one, teacher.tokenizer) for one in prompts], max_new_tokens=96)
         said = teacher.tokenizer.batch_decode(answers, skip_special_tokens=True)

@@ -19,15 +19,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from preceptor.cache import Cache, CachedTeacher, Plan, Wanted, capture
-from preceptor.evaluation import Table, ask, compare, evaluate_language, mean_of
-from preceptor.folder import write_whole
-from preceptor.lessons import Lessons, Text, prepare
-from preceptor.models import LanguageModel, load
-from preceptor.recipes import gkd
-from preceptor.reproductions.gkd import Recital
-from preceptor.student import make_student
-from preceptor.teacher import Teacher
-from preceptor.training import Run
+from preceptor.distillation.lessons import Lessons, Text, prepare
+from preceptor.distillation.teachers import Recital, Teacher
+from preceptor.engine.run import Run
+from preceptor.evaluation.language import ask, evaluate_language
+from preceptor.files import write_whole
+from preceptor.methods.gkd import recipe as gkd
+from preceptor.models.language_model import LanguageModel
+from preceptor.models.loading import load
+from preceptor.models.student import make_student
+from preceptor.report.table import Table
+from preceptor.statistics import compare, mean_of
 
 BUDGETS = (430, 100)  # bytes a token
 

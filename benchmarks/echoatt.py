@@ -34,8 +34,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from preceptor.models import load
-from preceptor.sharing.model import share
+from preceptor.models.loading import load
+from preceptor.models.shared_attention.model import share
 
 FOLLOWERS = (4, 5, 6, 7, 8, 9, 10, 13, *range(15, 30))
 ARMS = ("shared", "sdpa", "eager", "ours, unshared")

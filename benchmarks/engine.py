@@ -27,8 +27,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from preceptor import models
-from preceptor.training import Run, Training
+from preceptor.engine.run import Run
+from preceptor.engine.settings import Training
+from preceptor.models import language_model as models
 
 
 @dataclass(frozen=True)

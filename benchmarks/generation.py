@@ -19,10 +19,12 @@ from pathlib import Path
 
 import torch
 
-from preceptor.data import encode_prompt, make_prompts
-from preceptor.generation import Sampling, left_pad, sample
-from preceptor.models import LanguageModel, load
-from preceptor.table import Table
+from preceptor.data.embedded_prompts import make_prompts
+from preceptor.data.encoding import encode_prompt
+from preceptor.models.language_model import LanguageModel
+from preceptor.models.loading import load
+from preceptor.models.sampling import Sampling, left_pad, sample
+from preceptor.report.table import Table
 
 OURS, THEIRS = "ours", "transformers"
 SIZES = ((1, 48), (16, 48), (32, 128))  # prompts, tokens of an answer at most

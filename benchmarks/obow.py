@@ -25,11 +25,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from preceptor.backbones import make_backbone
-from preceptor.recipes import obow
-from preceptor.training import Training
-from preceptor.views import Views, student_views, teacher_view
-from preceptor.visual_words import perplexities
+from preceptor.engine.settings import Training
+from preceptor.methods.obow import recipe as obow
+from preceptor.methods.obow.visual_words import perplexities
+from preceptor.vision.backbones import make_backbone
+from preceptor.vision.views import Views, student_views, teacher_view
 
 Step = Callable[[], float]
 

@@ -19,13 +19,15 @@ from pathlib import Path
 
 import torch
 
-from preceptor.correction import Correction, correct, differences
-from preceptor.data import collate, encode_prompt, make_prompts
-from preceptor.lessons import write_answers
-from preceptor.models import load
-from preceptor.student import make_student
-from preceptor.table import Table
-from preceptor.teacher import FrozenTeacher
+from preceptor.data.embedded_prompts import make_prompts
+from preceptor.data.encoding import encode_prompt
+from preceptor.data.sequences import collate
+from preceptor.distillation.lessons import write_answers
+from preceptor.distillation.teachers import FrozenTeacher
+from preceptor.methods.semantic_revision.correction import Correction, correct, differences
+from preceptor.models.loading import load
+from preceptor.models.student import make_student
+from preceptor.report.table import Table
 
 HERE = Path(__file__).parent
 ANEW, CUT, AGAIN = "written anew from the prompt", "corrected, cache kept", "corrected, prefix read again"

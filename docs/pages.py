@@ -5,7 +5,7 @@ from __future__ import annotations
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-from preceptor.methods import Method, find_methods, markdown_table, read_presets, read_settings
+from preceptor.catalogue import Method, find_methods, markdown_table, read_presets, read_settings
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:

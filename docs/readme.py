@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from preceptor.methods import find_methods, markdown_table
+from preceptor.catalogue import find_methods, markdown_table
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- methods: written by `make readme` from the recipes' docstrings -->\n", "<!-- end of methods -->"

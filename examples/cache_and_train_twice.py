@@ -10,7 +10,7 @@ import tyro
 
 from preceptor import CachedTeacher, Run, Training, collate, divergence, load, make_student
 from preceptor.cache import Plan, Wanted, capture
-from preceptor.lessons import Text, prepare
+from preceptor.distillation.lessons import Text, prepare
 
 MAX_LENGTH = 256
 

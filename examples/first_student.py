@@ -9,8 +9,8 @@ from pathlib import Path
 import tyro
 
 from preceptor import FrozenTeacher, Run, Training, collate, divergence, load, make_student
-from preceptor.lessons import Text, prepare
-from preceptor.measures import ask, evaluate_language
+from preceptor.distillation.lessons import Text, prepare
+from preceptor.evaluation.language import ask, evaluate_language
 
 
 def main(

@@ -9,7 +9,8 @@ from pathlib import Path
 import tyro
 
 from preceptor import FrozenTeacher, Run, Training, collate, divergence, load, make_prompts, make_student
-from preceptor.data import Sequence, encode_prompt
+from preceptor.data.encoding import encode_prompt
+from preceptor.data.sequences import Sequence
 
 
 def main(

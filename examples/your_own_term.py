@@ -10,9 +10,9 @@ import tyro
 from torch import Tensor
 
 from preceptor import FrozenTeacher, Run, Training, collate, divergence, load, make_student
-from preceptor.data import Batch
+from preceptor.data.sequences import Batch
+from preceptor.distillation.lessons import Text, prepare
 from preceptor.knowledge import Head, HiddenTargets
-from preceptor.lessons import Text, prepare
 from preceptor.losses import Loss
 
 

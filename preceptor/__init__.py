@@ -8,17 +8,21 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from preceptor.sharing import announce
+from preceptor.models.shared_attention import announce
 
 if TYPE_CHECKING:
-    from preceptor.data import collate, encode, make_prompts, read
+    from preceptor.data.embedded_prompts import make_prompts
+    from preceptor.data.encoding import encode
+    from preceptor.data.readers import read
+    from preceptor.data.sequences import collate
+    from preceptor.distillation.teachers import CachedTeacher, FrozenTeacher, Teacher
+    from preceptor.engine.run import Run
+    from preceptor.engine.settings import Training
     from preceptor.errors import UserError
     from preceptor.losses.divergences import divergence
-    from preceptor.models import LanguageModel, load
-    from preceptor.settings import Training
-    from preceptor.student import make_student
-    from preceptor.teacher import CachedTeacher, FrozenTeacher, Teacher
-    from preceptor.training import Run
+    from preceptor.models.language_model import LanguageModel
+    from preceptor.models.loading import load
+    from preceptor.models.student import make_student
 
 __version__ = "0.1.0"
 
@@ -40,14 +44,18 @@ __all__ = [
 ]
 
 _HOMES = {
-    "preceptor.data": ("collate", "encode", "make_prompts", "read"),
+    "preceptor.data.embedded_prompts": ("make_prompts",),
+    "preceptor.data.encoding": ("encode",),
+    "preceptor.data.readers": ("read",),
+    "preceptor.data.sequences": ("collate",),
     "preceptor.errors": ("UserError",),
     "preceptor.losses.divergences": ("divergence",),
-    "preceptor.models": ("LanguageModel", "load"),
-    "preceptor.student": ("make_student",),
-    "preceptor.teacher": ("CachedTeacher", "FrozenTeacher", "Teacher"),
-    "preceptor.settings": ("Training",),
-    "preceptor.training": ("Run",),
+    "preceptor.models.language_model": ("LanguageModel",),
+    "preceptor.models.loading": ("load",),
+    "preceptor.models.student": ("make_student",),
+    "preceptor.distillation.teachers": ("CachedTeacher", "FrozenTeacher", "Teacher"),
+    "preceptor.engine.settings": ("Training",),
+    "preceptor.engine.run": ("Run",),
 }
 
 announce()

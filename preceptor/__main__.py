@@ -1,5 +1,7 @@
 """``python -m preceptor``: the same as the command ``preceptor``, for launchers such as ``accelerate launch -m``."""
 
+from __future__ import annotations
+
 import sys
 
 from preceptor.cli import main

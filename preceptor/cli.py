@@ -18,18 +18,23 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from preceptor.catalogue import find_method
+from preceptor.commands.screens import print_help, print_method, print_methods
 from preceptor.errors import UserError
-from preceptor.methods import find_method, missing_packages
-from preceptor.screens import print_help, print_method, print_methods
+from preceptor.extras import missing_packages
 
 MODULES = {
-    "chat": ("preceptor.chat", "people"),
-    "cache": ("preceptor.cache", "text"),
-    "evaluate": ("preceptor.evaluation", "text"),
-    "report": ("preceptor.report", "report"),
-    "doctor": ("preceptor.doctor", "text"),
+    "chat": ("preceptor.commands.chat", "people"),
+    "cache": ("preceptor.commands.cache", "text"),
+    "evaluate": ("preceptor.commands.evaluate", "text"),
+    "report": ("preceptor.commands.report", "report"),
+    "doctor": ("preceptor.commands.doctor", "text"),
 }
+
+
 UNMENDABLE_BY_CODE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+
+
 INTERRUPTED = 130
 
 
@@ -113,13 +118,13 @@ def _preset(recipe: ModuleType, words: list[str]) -> tuple[Any, list[str]]:
         at = words.index("--config")
         if at + 1 == len(words):
             raise UserError("--config needs a file: give the config.json of a run's folder.")
-        configuration = import_module("preceptor.configuration")
+        configuration = import_module("preceptor.engine.config_file")
         return configuration.read_config(recipe.Config, Path(words[at + 1])), words[:at] + words[at + 2 :]
     if not chosen:
         return None, words
     preset = chosen[0].removeprefix("--")
     if preset not in vars(recipe):
-        raise UserError(f"{recipe.__name__.rpartition('.')[2]} has no settings '{preset}': leave --{preset} out.")
+        raise UserError(f"{recipe.__name__.split('.')[-2]} has no settings '{preset}': leave --{preset} out.")
     return vars(recipe)[preset], words
 
 
@@ -130,7 +135,7 @@ def _reproduce(name: str, words: list[str]) -> int:
     )
     if settings.seeds < 1:
         raise UserError(f"--seeds is {settings.seeds}: give at least 1, and 3 for a claim.")
-    experiment = import_module(f"preceptor.reproductions.{method}")
+    experiment = import_module(f"preceptor.methods.{method}.reproduction")
     folder = Path(settings.output or f"runs/{method}/reproduction")
     folder.mkdir(parents=True, exist_ok=True)
     table = experiment.reproduce(settings.seeds, folder, settings.full)
@@ -143,7 +148,7 @@ def _reproduce(name: str, words: list[str]) -> int:
 
 
 def _load(name: str) -> ModuleType:
-    return import_module(f"preceptor.recipes.{find_method(name).name}")
+    return import_module(f"preceptor.methods.{find_method(name).name}.recipe")
 
 
 def _parse(kind: type, words: list[str], program: str, description: str | None, default: Any = None) -> Any:

@@ -1,5 +1,7 @@
 """The one error that a user can mend."""
 
+from __future__ import annotations
+
 
 class UserError(ValueError):
     """A mismatch found at the door.

@@ -6,8 +6,11 @@ states, ``(...)``, or ``(rows,)`` where the rows are the positions that the resp
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from preceptor.errors import UserError
 
@@ -96,3 +99,15 @@ def rows_of(said: SoftTargets, mask: Tensor) -> HiddenTargets | LogitTargets:
             f"{tuple(mask.shape)}, of which {rows} are selected; give the teacher's targets for the same text."
         )
     return HiddenTargets(values, said.head) if isinstance(said, HiddenTargets) else LogitTargets(values)
+
+
+def moved(targets: SoftTargets, device: torch.device) -> SoftTargets:
+    """The same targets on a device."""
+    parts: dict[str, Any] = {field.name: _on(getattr(targets, field.name), device) for field in fields(targets)}
+    return replace(targets, **parts)
+
+
+def _on(part: Tensor | Head, device: torch.device) -> Tensor | Head:
+    if isinstance(part, Tensor):
+        return part.to(device)
+    return replace(part, weight=part.weight.to(device), bias=None if part.bias is None else part.bias.to(device))

@@ -12,8 +12,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from preceptor.cache import Cache, Plan, Wanted, capture
-from preceptor.data import Sequence, collate
-from preceptor.models import LanguageModel
+from preceptor.data.sequences import Sequence, collate
+from preceptor.models.language_model import LanguageModel
 
 VOCABULARY = 211
 KINDS = ("top_k", "sampled", "hidden")

@@ -28,6 +28,6 @@ def root() -> Path:
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     """SmolLM2's tokenizer, read once: that takes seconds."""
-    from preceptor.models import load
+    from preceptor.models.loading import load
 
     return load("smollm2", dtype="bfloat16").tokenizer

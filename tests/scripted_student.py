@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from preceptor.tasks import Datum, Item
+from preceptor.tasks.records import Datum, Item
 
 
 class ScriptedStudent:

@@ -9,9 +9,10 @@ from typing import Literal
 import pytest
 
 from preceptor import cli
-from preceptor.configuration import read_config
+from preceptor.catalogue import find_methods, read_method, read_settings
+from preceptor.engine.config_file import read_config
 from preceptor.errors import UserError
-from preceptor.methods import find_methods, missing_packages, read_method, read_settings
+from preceptor.extras import missing_packages
 
 RECIPE = '''"""Echo: says again what it is told.
 
@@ -57,17 +58,18 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of recipes with the recipe above, in the place of the package's own."""
-    folder = tmp_path / "recipes"
-    folder.mkdir()
-    (folder / "echo.py").write_text(RECIPE, encoding="utf-8")
-    monkeypatch.setattr("preceptor.recipes.__path__", [str(folder)])
-    monkeypatch.setattr("preceptor.methods.RECIPES", folder)
+    """A folder of methods with the recipe above, in the place of the package's own."""
+    folder = tmp_path / "methods"
+    (folder / "echo").mkdir(parents=True)
+    (folder / "echo" / "recipe.py").write_text(RECIPE, encoding="utf-8")
+    monkeypatch.setattr("preceptor.methods.__path__", [str(folder)])
+    monkeypatch.setattr("preceptor.catalogue.RECIPES", folder)
     for name in ("find_method", "find_methods"):
-        function = getattr(sys.modules["preceptor.methods"], name)
+        function = getattr(sys.modules["preceptor.catalogue"], name)
         monkeypatch.setattr(function, "__defaults__", (folder,))
     yield folder
-    sys.modules.pop("preceptor.recipes.echo", None)
+    for name in ("preceptor.methods.echo.recipe", "preceptor.methods.echo"):
+        sys.modules.pop(name, None)
 
 
 @pytest.mark.parametrize("words", [["--help"], ["list"], ["list", "--markdown"], ["--version"], ["run", "--help"]])
@@ -93,13 +95,13 @@ def test_list_shows_every_method_without_importing_one(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for method in find_methods():
-        monkeypatch.delitem(sys.modules, f"preceptor.recipes.{method.name}", raising=False)
+        monkeypatch.delitem(sys.modules, f"preceptor.methods.{method.name}.recipe", raising=False)
     assert cli.main(["list"]) == 0
     shown = capsys.readouterr().out
     assert find_methods()
     for method in find_methods():
         assert method.name in shown
-        assert f"preceptor.recipes.{method.name}" not in sys.modules
+        assert f"preceptor.methods.{method.name}.recipe" not in sys.modules
 
 
 def test_show_prints_docstring_and_settings(recipes: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,7 +119,7 @@ def test_show_prints_docstring_and_settings(recipes: Path, capsys: pytest.Captur
 
 
 def test_a_recipe_is_read_from_its_source(recipes: Path) -> None:
-    method = read_method(recipes / "echo.py")
+    method = read_method(recipes / "echo" / "recipe.py")
     assert (method.name, method.title, method.requires) == ("echo", "Echo", "text")
     assert method.summary == "says again what it is told."
     assert method.paper == "On Saying It Again (Echo, 2026)"
@@ -189,14 +191,14 @@ def test_what_ends_a_run_is_told(
     recipes: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, line: str, sentence: str
 ) -> None:
     monkeypatch.setattr(cli, "missing_packages", lambda extra: None)
-    (recipes / "echo.py").write_text(RECIPE + f"    {line}\n", encoding="utf-8")
+    (recipes / "echo" / "recipe.py").write_text(RECIPE + f"    {line}\n", encoding="utf-8")
     status = cli.main(["run", "echo", "--word", "x"])
     assert status == (130 if "Keyboard" in line else 2)
     assert sentence in capsys.readouterr().err
 
 
 def test_a_fault_of_ours_is_not_hidden(recipes: Path) -> None:
-    (recipes / "echo.py").write_text(RECIPE + "    import preceptor.no_such_module\n", encoding="utf-8")
+    (recipes / "echo" / "recipe.py").write_text(RECIPE + "    import preceptor.no_such_module\n", encoding="utf-8")
     with pytest.raises(ModuleNotFoundError):
         cli.main(["run", "echo"])
 
@@ -208,7 +210,7 @@ def test_missing_packages_are_read_from_the_metadata(monkeypatch: pytest.MonkeyP
         "pytest>=8 ; extra == 'text'",
         'other; extra == "web"',
     ]
-    monkeypatch.setattr("preceptor.methods.metadata.requires", lambda name: required)
+    monkeypatch.setattr("preceptor.catalogue.metadata.requires", lambda name: required)
     assert missing_packages("text") == ["torch_absent"]
     assert missing_packages("report") == []
 

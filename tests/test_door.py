@@ -13,8 +13,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from preceptor import checkpoint, cli
-from preceptor.models import load
+from preceptor import cli
+from preceptor.engine import checkpoint
+from preceptor.models.loading import load
 from tests.small_llama import small_llama
 
 QUICK = ["--training.steps", "2", "--training.batch-size", "2", "--text.held-out", "2", "--student", "teacher:layers=1"]

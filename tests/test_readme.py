@@ -75,7 +75,7 @@ def test_links_lead_somewhere(path: Path) -> None:
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
 def test_commands_exist(path: Path) -> None:
     """Every ``preceptor ...`` in a page names a command, and ``run`` and its like a recipe."""
-    from preceptor.methods import find_methods
+    from preceptor.catalogue import find_methods
 
     methods = {method.name for method in find_methods()} | {"NAME"}
     text = path.read_text(encoding="utf-8")

@@ -21,10 +21,10 @@ from preceptor.cache.codecs import Codec, Encoded, Kind, encode
 from preceptor.cache.header import UNFINISHED, Header, load, write
 from preceptor.cache.reading import Cache
 from preceptor.cache.store import Appender, Finished, pack
-from preceptor.data import Sequence, collate, sequence_key
+from preceptor.data.sequences import Sequence, collate, sequence_key
 from preceptor.errors import UserError
 from preceptor.knowledge import Head
-from preceptor.models import LanguageModel, in_evaluation
+from preceptor.models.language_model import LanguageModel, in_evaluation
 
 Say = Callable[[str], None]
 

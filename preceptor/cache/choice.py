@@ -12,20 +12,33 @@ import torch
 from torch import Tensor
 
 from preceptor.cache.codecs import Codec, Kind, encode, kind_of, sparse_rows
+from preceptor.cache.decoding_error import LogProbs
 from preceptor.cache.hidden import fit_hidden
-from preceptor.cache.measures import LogProbs
 from preceptor.cache.soft import MAX_DRAWS, SampledCodec, TopKCodec
 from preceptor.cache.sparse import SparseCodec, fit_sparse
 from preceptor.errors import UserError
 from preceptor.knowledge import Head
 
 _FITTED_ON = 512  # rows on which a sparse codec's symbols are counted, and its budget met
+
+
 _FITTED_BYTES = 256 << 20  # of their distributions, which are kept meanwhile
+
+
 _LEAST_ROWS = 64
+
+
 _LEAST_FLOOR = 1e-8
+
+
 _MEASURED_ON = 512
+
+
 _BUDGET_ROUNDS = 7
+
+
 _LENGTH_BYTES = 1  # of a row's length in its sequence's blob
+
 
 Sparse = TypeVar("Sparse", TopKCodec, SampledCodec)
 

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from preceptor.cache.decoding_error import LogProbs, chunks
 from preceptor.cache.hidden import HiddenCodec
-from preceptor.cache.measures import LogProbs, chunks
 from preceptor.cache.rans import Ints, Tables
 from preceptor.cache.soft import (
     SampledCodec,
@@ -27,6 +27,8 @@ from preceptor.cache.sparse import SparseCodec, SparseRows
 from preceptor.knowledge import Head, HiddenTargets, SoftTargets
 
 Kind = Literal["top_k", "sampled", "hidden"]
+
+
 Codec = HiddenCodec | TopKCodec | SampledCodec
 
 

@@ -29,12 +29,14 @@ from preceptor.cache.reading import Cache
 from preceptor.cache.soft import TopKCodec, level_of, topk_targets
 from preceptor.cache.sparse import SparseCodec, SparseRows, fit_sparse
 from preceptor.cache.store import Appender, Finished, pack
-from preceptor.data import Sequence, sequence_key
+from preceptor.data.sequences import Sequence, sequence_key
 from preceptor.errors import UserError
 from preceptor.knowledge import Head, TopKTargets
-from preceptor.models import template_hash, tokenizer_hash
+from preceptor.models.identity import template_hash, tokenizer_hash
 
 _COLUMNS = ("input_ids", "compressed_logprobs", "bytepacked_indices")
+
+
 _FITTED_ON = 64  # sequences
 
 

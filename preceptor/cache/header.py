@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from preceptor.cache.codecs import Codec, Kind, codebook, codec_from, kind_of
 from preceptor.errors import UserError
-from preceptor.folder import write_whole
+from preceptor.files import write_whole
 from preceptor.knowledge import Head
-from preceptor.models import LanguageModel, template_hash, tokenizer_hash
+from preceptor.models.identity import fingerprint, template_hash, tokenizer_hash
+from preceptor.models.language_model import LanguageModel
 
 VERSION = 1
+
+
 UNFINISHED = ("codebook.safetensors", "head.safetensors")
+
+
 """Files that a capture killed at its very beginning may leave; header.json is written last."""
-_SAMPLED_WEIGHTS = 4096  # of each parameter, for the fingerprint
 
 
 @dataclass(frozen=True)
@@ -142,13 +143,3 @@ def load(folder: Path, header: Header) -> tuple[Codec, Head | None]:
     except Exception as error:  # safetensors raises its own kinds
         raise UserError(f"The cache {folder} lacks a readable codebook or head ({error}): capture it again.") from error
     return codec, Head(tensors["weight"], tensors.get("bias"), header.scale, header.softcap)
-
-
-def fingerprint(model: LanguageModel) -> str:
-    """BLAKE2b of names, shapes and up to 4,096 evenly spaced values of each parameter."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, parameter in model.causal.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        flat: Tensor = parameter.detach().reshape(-1)
-        digest.update(flat[:: max(1, flat.numel() // _SAMPLED_WEIGHTS)].to("cpu", torch.float32).numpy().tobytes())
-    return digest.hexdigest()

@@ -21,27 +21,59 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from preceptor.cache.measures import LogProbs, chunks, kl_to_hidden
+from preceptor.cache.decoding_error import LogProbs, chunks, kl_to_hidden
 from preceptor.cache.rans import Decoder, Encoder, Ints, Tables, quantise_frequencies
 from preceptor.knowledge import Head
-from preceptor.models import project
+from preceptor.models.language_model import project
 
 STEPS = 96
+
+
 """Row steps: ``2**(r/4)`` of the finest, r < STEPS."""
+
+
 _PER_OCTAVE = 4
+
+
 _DEAD = -20  # quarter octaves of spread over step under which a coordinate is always 0: a step 32 times the spread
+
+
 _RAW = 12  # ... over which the low bits are stored as they are: they are uniform to 1e-4
+
+
 _CONTEXTS = _RAW - _DEAD + 1
+
+
 _REACH = 63  # largest coded integer; the symbol 2 * _REACH + 1 announces 16 raw bits
+
+
 _ESCAPE = 2 * _REACH + 1
+
+
 _FINEST = 2.0**-14  # finest step in units of sqrt(2 nat): KL is about half the squared error
+
+
 _ROUNDS = 8
+
+
 _LIKELIEST = 4096  # tokens on which a row's step is looked for before it is checked on all of them
+
+
 _BLUR = np.array([0.02, 0.1, 0.3, 1, 0.3, 0.1, 0.02])  # of the counts of row steps
+
+
 _FITTED_ON = 1024  # rows for symbol models and budget, twice as many for the metric
+
+
 _FIRST_TOLERANCE = 0.01
+
+
 _LEAST_TOLERANCE = 1e-6  # below it a KL of float32 logits is noise
+
+
 _BUDGET_ROUNDS = 4
+
+
 _OVERHEAD = 2.5  # bytes a row: its length, and the last word of its stream
 
 

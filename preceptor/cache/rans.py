@@ -17,11 +17,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 PRECISION = 14
+
+
 """Bits of a table's total frequency."""
 
+
 _TOTAL = 1 << PRECISION
+
+
 _WORD = np.uint64(16)
+
+
 _LOW = np.uint64(1 << 16)
+
 
 Ints = NDArray[np.int64]
 

@@ -13,11 +13,10 @@ import torch
 from preceptor.cache.codecs import Codec, decode
 from preceptor.cache.header import Header, load
 from preceptor.cache.store import Shelf, unpack
-from preceptor.data import Batch, Sequence, sequence_key
+from preceptor.data.sequences import Batch, Sequence, sequence_key
 from preceptor.errors import UserError
-from preceptor.knowledge import Head, SoftTargets
-from preceptor.models import LanguageModel
-from preceptor.teacher import moved
+from preceptor.knowledge import Head, SoftTargets, moved
+from preceptor.models.language_model import LanguageModel
 
 
 class Cache:

@@ -23,15 +23,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from preceptor.cache.measures import LogProbs
+from preceptor.cache.decoding_error import LogProbs
 from preceptor.cache.rans import Ints
 from preceptor.cache.sparse import SparseCodec, SparseRows
 from preceptor.knowledge import SampledTargets, TopKTargets
 
 _FINE = 0.05  # width of a level in log p at p = 1
+
+
 _WIDEST = 0.5
+
+
 _KNEE = _FINE / _WIDEST  # square root of p where the width stops growing
+
+
 _LEAST = -23.0  # log p of the last level: 1e-10
+
+
 MAX_DRAWS = 65536
 
 

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from preceptor.cache.rans import Decoder, Encoder, Ints, Tables, quantise_frequencies
 
 _BINS = 72  # enough for integers below 2**19
+
+
 _PLACES = 32  # models of a rank, by its place in the row; as many again for gaps
 
 

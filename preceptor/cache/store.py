@@ -27,13 +27,19 @@ from numpy.typing import NDArray
 from preceptor.errors import UserError
 
 _RECORD = struct.Struct("<4sII")
+
+
 _MAGIC = b"PCRB"
+
+
 ENTRY = np.dtype(
     [
         ("key", "V16"), ("shard", "<u4"), ("offset", "<u8"), ("bytes", "<u4"), ("rows", "<u4"), ("crc", "<u4"),
         ("kl", "<f4"), ("mass", "<f4"),
     ]
 )  # fmt: skip
+
+
 """An index entry. ``kl`` and ``mass``: means over the sequence's rows of KL(teacher ‖ decoded) and of the mass kept."""
 
 

@@ -15,10 +15,12 @@ The second run of these lines makes no call: every answer is in the cache.
 
 from __future__ import annotations
 
+from preceptor.data.readers import Message
 from preceptor.language.chat import Chat, Estimate
 from preceptor.language.endpoint import Endpoint
+from preceptor.language.gate import Scorer
 from preceptor.language.limits import Budget, Limits, Spent
-from preceptor.language.messages import Answer, Backend, CallFailed, Message, Reply, Request, Scorer
+from preceptor.language.messages import Answer, Backend, CallFailed, Reply, Request
 from preceptor.language.scripted import Echo, Scripted
 from preceptor.language.settings import ChatSettings, open_chat
 

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from preceptor.data.readers import Message
 from preceptor.errors import UserError
-from preceptor.language.asking import Asking, Gate, Stopped
+from preceptor.language.asking import Asking
+from preceptor.language.gate import Gate, Scorer, Stopped
 from preceptor.language.limits import Budget, Limits, Meter, Pace, Spent
-from preceptor.language.messages import Backend, CallFailed, Message, Reply, Request, Scorer
+from preceptor.language.messages import Backend, CallFailed, Reply, Request
 from preceptor.language.progress import Ticker
 from preceptor.language.store import Store
 from preceptor.language.structured import check_schema

@@ -17,6 +17,8 @@ from typing import cast
 from httptools import HttpParserError, HttpResponseParser
 
 LARGEST_BODY = 64 << 20  # bytes
+
+
 CONNECT_SECONDS = 30.0
 
 

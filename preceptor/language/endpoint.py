@@ -14,19 +14,33 @@ import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from preceptor.data.readers import Message
 from preceptor.errors import UserError
-from preceptor.language.asking import Gate, Size
-from preceptor.language.messages import Answer, CallFailed, Message, Request
+from preceptor.language.gate import Gate, Size
+from preceptor.language.messages import Answer, CallFailed, Request
 
 if TYPE_CHECKING:
     from preceptor.language.connection import Connections
 
+
 PER_MESSAGE = 16  # tokens at most that a chat template puts around a message
+
+
 PER_REQUEST = 64  # tokens at most that it puts before all of them (a date, its own system prompt)
+
+
 BUSY = (408, 409, 425, 429)
+
+
 GAVE_UP = (408, 502, 504, 524)  # something on the way gave up waiting; the model may have answered
+
+
 SHORTEST_KEY = 8  # characters; a shorter one is no secret, and hiding it would tear texts apart
+
+
 LONGEST_REASON = 300
+
+
 HIDDEN = "[key]"
 
 

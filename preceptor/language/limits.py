@@ -10,7 +10,11 @@ from dataclasses import dataclass
 from preceptor.errors import UserError
 
 WINDOW = 60.5  # seconds: a minute, and what the ways to the endpoint may differ in length
+
+
 LONGEST_WAIT = 600.0  # seconds: an endpoint that asks for more patience has failed
+
+
 FIRST_WAIT = 0.5  # seconds before the first repetition; doubles with each
 
 

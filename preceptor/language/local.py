@@ -8,12 +8,15 @@ from contextlib import contextmanager
 
 import torch
 
-from preceptor.cache.header import fingerprint
-from preceptor.data import Sequence as Tokens, collate, encode_prompt
+from preceptor.data.encoding import encode_prompt
+from preceptor.data.readers import Message
+from preceptor.data.sequences import Sequence as Tokens, collate
 from preceptor.errors import UserError
-from preceptor.language.asking import Gate, Size
-from preceptor.language.messages import Answer, CallFailed, Message, Request
-from preceptor.models import LanguageModel, in_evaluation, load, project, template_hash
+from preceptor.language.gate import Gate, Size
+from preceptor.language.messages import Answer, CallFailed, Request
+from preceptor.models.identity import fingerprint, template_hash
+from preceptor.models.language_model import LanguageModel, in_evaluation, project
+from preceptor.models.loading import load
 
 
 class LocalModel:

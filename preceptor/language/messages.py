@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
+from preceptor.data.readers import Message
 from preceptor.errors import UserError
-from preceptor.readers import Message
-
-if TYPE_CHECKING:
-    from preceptor.language.asking import Gate
-
-__all__ = ["Answer", "Backend", "CallFailed", "Message", "Reply", "Request", "Scorer"]
 
 ROLES = ("system", "user", "assistant")
 
@@ -124,23 +119,4 @@ class Backend(Protocol):
 
     async def close(self) -> None:
         """Let go of connections; the next call opens new ones."""
-        ...
-
-
-@runtime_checkable
-class Scorer(Protocol):
-    """A backend that can tell how likely a given continuation is."""
-
-    async def log_probabilities(
-        self, messages: Sequence[Message], continuations: Sequence[str], gate: Gate
-    ) -> list[tuple[float, ...]]:
-        """The log-probability of each token of each continuation as the assistant's answer, in nats.
-
-        Every call goes through the gate by itself, so that one that failed is made again alone.
-
-        Raises:
-            CallFailed: the endpoint gave no answer.
-            Stopped: the budget or the time is used up.
-            UserError: the endpoint gives no such probabilities.
-        """
         ...

@@ -14,8 +14,13 @@ from preceptor.errors import UserError
 from preceptor.language.messages import Answer, Request
 
 VERSION = 1
+
+
 AT_ONCE = 500  # keys in one query
+
+
 CHECKPOINT_PAGES = 16384  # 64 MiB of log before it is folded into the file, which waits for the disk
+
 
 TABLE = """
 CREATE TABLE IF NOT EXISTS answers (
@@ -30,6 +35,8 @@ CREATE TABLE IF NOT EXISTS answers (
     time REAL NOT NULL
 )
 """
+
+
 # A good answer that another process wrote meanwhile is not replaced by a failure.
 KEEP = """
 INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (key) DO UPDATE SET

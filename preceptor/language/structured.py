@@ -13,8 +13,14 @@ from preceptor.errors import UserError
 from preceptor.language.messages import Request
 
 FENCED = re.compile(r"```[\w-]*[ \t]*\n(.*?)\n?[ \t]*(?:```)?", re.DOTALL)
+
+
 BRACKET = re.compile(r"[{\[]")
+
+
 STRING_OR_COMMA = re.compile(r'"(?:[^"\\]|\\.)*"|,(?=\s*[\]}])', re.DOTALL)
+
+
 LONGEST_REASON = 300
 
 

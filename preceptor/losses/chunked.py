@@ -20,7 +20,10 @@ from preceptor.losses.rows import Logits, row_log_probs
 
 CHUNK_BYTES = 32 * 2**20  # of one matrix (rows, vocabulary) in float32; a score holds some six of them
 
+
 Score = Callable[[Tensor, slice], Tensor]
+
+
 """From the student's products (rows, vocabulary) of a chunk, which it overwrites by the loss's gradient with respect to
 them, and the rows that they belong to, to sums over the chunk (statistics,); the first is the loss."""
 

@@ -26,7 +26,11 @@ from preceptor.losses.rows import (
 )
 
 ROWS_BYTES = {"cpu": 2 * 2**20}
+
+
 MANY_ROWS_BYTES = 64 * 2**20
+
+
 FEWEST_ROWS = 16
 
 

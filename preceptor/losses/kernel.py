@@ -33,8 +33,14 @@ FLAGS = (
     "-shared",
     "-fPIC",
 )
+
+
 NATIVE = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",), ())
+
+
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
 MODES = ("labels", "dense", "bucket", "sampled")
 
 

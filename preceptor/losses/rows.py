@@ -15,7 +15,11 @@ import torch
 from torch import Tensor
 
 Kind = Literal["forward_kl", "reverse_kl", "jensen_shannon", "skew_kl", "skew_reverse_kl", "total_variation"]
+
+
 IGNORED = -100
+
+
 STATS = ("divergence", "cross_entropy", "student_entropy", "teacher_entropy", "agreement")
 
 

@@ -1,34 +1,13 @@
-"""Write a run's page: curves, the table, samples side by side, settings, and how to repeat it, in one HTML file.
-
-preceptor report runs/gkd/run
-"""
+"""A run's page: curves, the table, samples side by side, settings, and how to repeat it, in one HTML file."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
-
-from tyro.conf import Positional
 
 from preceptor.errors import UserError
 from preceptor.report.contents import read_contents
 from preceptor.report.page import render
-
-__all__ = ["Config", "main", "write_report"]
-
-
-@dataclass(frozen=True)
-class Config:
-    """Which folder to report on."""
-
-    folder: Positional[Path]
-    """The folder of a run, of an evaluation or of a reproduction."""
-
-
-def main(config: Config) -> None:
-    """Write the page and print its path."""
-    print(f"The page: {write_report(config.folder)}")
 
 
 def write_report(folder: str | Path) -> Path:

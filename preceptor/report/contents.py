@@ -10,9 +10,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from preceptor.catalogue import find_method
 from preceptor.errors import UserError
-from preceptor.methods import find_method
-from preceptor.table import Table
+from preceptor.report.table import Table
 
 FILES = ("config.json", "metrics.jsonl", "result.json", "table.json")
 

@@ -9,8 +9,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 POINTS = 300  # of a line at most; longer ones are averaged in buckets
+
+
 INK, LINE, FIRST, SECOND = "#010101", "#020202", "#030303", "#040404"  # stand for the page's colours
+
+
 COLOURS = {INK: "var(--soft)", LINE: "var(--line)", FIRST: "var(--first)", SECOND: "var(--second)"}
+
+
 TITLES = {
     "loss": "Loss",
     "divergence": "Divergence from the teacher",
@@ -24,8 +30,14 @@ TITLES = {
     "items_per_second": "Examples a second",
     "memory_mib": "Memory, MiB",
 }
+
+
 LAST = ("gradient_norm", "learning_rate", "count_per_second", "items_per_second", "memory_mib")
+
+
 UNDRAWN = ("step", "count", "evaluation")
+
+
 HELD_OUT = "held_out_"
 
 

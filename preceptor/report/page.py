@@ -10,13 +10,16 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
+from preceptor.catalogue import find_method, repeat
 from preceptor.errors import UserError
-from preceptor.methods import find_method, repeat
 from preceptor.report.contents import Contents
 from preceptor.report.curves import Curve, collect, draw
-from preceptor.table import Cell, Table, Value, format_cell
+from preceptor.report.table import Table
+from preceptor.statistics import Cell, Value, format_cell
 
 NO_REQUESTS = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+
+
 TAUGHT = "taught student"
 
 

@@ -29,6 +29,8 @@ from preceptor.sandbox.values import Expectation, read_tests
 from preceptor.sandbox.verdicts import Reason, Verdict, conclude
 
 __all__ = ["Expectation", "Limits", "Program", "Reason", "Sandbox", "Verdict", "read_tests", "sandbox_layers"]
+
+
 LONGEST_SOURCE = 1 << 16  # characters
 
 

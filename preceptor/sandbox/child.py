@@ -22,6 +22,8 @@ from preceptor.sandbox.kernel import Kernel, limit
 from preceptor.sandbox.values import encode
 
 PROGRAM = "program.py"
+
+
 OUT_OF_MEMORY, NOT_CONFINED = 71, 72  # exit statuses
 
 

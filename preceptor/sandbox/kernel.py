@@ -16,20 +16,40 @@ from pathlib import Path
 from preceptor.sandbox import syscalls
 
 _NEW_USER, _NEW_NET, _NEW_PID, _NEW_IPC, _NEW_UTS = 0x10000000, 0x40000000, 0x20000000, 0x08000000, 0x04000000
+
+
 _SET_DUMPABLE, _CAPBSET_DROP, _SET_PDEATHSIG, _SET_NO_NEW_PRIVS = 4, 24, 1, 38
+
+
 _NOBODY = 65534
+
 
 # Landlock: the rights over files by the ABI that brought them
 _READ_FILE, _READ_DIR = 1 << 2, 1 << 3
+
+
 _WRITE = 1 << 1 | 1 << 4 | 1 << 5 | 1 << 7 | 1 << 8 | 1 << 14  # write, remove, make folders and files, truncate
+
+
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
+
 
 # seccomp
 _ALLOW, _ERRNO, _NOTIFY, _KILL = 0x7FFF0000, 0x00050000, 0x7FC00000, 0x80000000
+
+
 _EPERM, _ENOTTY = 1, 25
+
+
 _LOAD, _JUMP_IF_EQUAL, _JUMP_IF_AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
+
+
 _X32 = 0x40000000  # system calls of x86-64's third interface have this bit
+
+
 RECEIVE, SEND = 0xC0502100, 0xC0182101  # SECCOMP_IOCTL_NOTIF_RECV and _SEND
+
+
 CONTINUE = 1  # SECCOMP_USER_NOTIF_FLAG_CONTINUE
 
 

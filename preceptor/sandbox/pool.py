@@ -20,7 +20,11 @@ START = (
     "import sys; sys.path[:] = [*filter(None, sys.path), sys.argv[1]]; "
     "from preceptor.sandbox import worker; worker.main(sys.argv[2])"
 )
+
+
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "TZ": "UTC0", "LC_ALL": "C.UTF-8"}
+
+
 PATIENCE = 30.0  # seconds beyond a program's own time, after which its worker is given up
 
 

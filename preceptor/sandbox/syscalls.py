@@ -7,6 +7,7 @@ from __future__ import annotations
 
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # AUDIT_ARCH_*, by platform.machine()
 
+
 ALLOWED = (
     "read write readv writev pread64 pwrite64 close fstat newfstatat stat lstat lseek mmap mprotect munmap mremap "
     "madvise brk rt_sigaction rt_sigprocmask rt_sigreturn sigaltstack getpid gettid getppid getuid geteuid getgid "
@@ -16,18 +17,29 @@ ALLOWED = (
     "faccessat2 ftruncate unlink unlinkat rename renameat renameat2 rmdir statx fsync fdatasync umask "
     "pipe pipe2 sendmsg"
 )
+
+
 """What computing, importing and writing into the private folder need. No socket can be had, so ``sendmsg``, with which
 the process hands over its filter's listener, has nothing to send to afterwards."""
+
 
 ARGUMENTS = {
     "ioctl": (0x5401, 0x5450, 0x5451),  # TCGETS (is this a terminal?), FIONCLEX, FIOCLEX
     "fcntl": (0, 1, 2, 3, 4, 1030),  # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC
 }
+
+
 """Calls that are allowed with these second arguments alone: F_SETOWN, for one, could have signals sent."""
 
+
 OPENING = ("open", "openat")
+
+
 MAKING_FOLDERS = ("mkdir", "mkdirat")
+
+
 SIGNALS = ("kill", "tkill", "tgkill")
+
 
 FORBIDDEN = {
     "socket": "socket socketpair connect bind listen accept accept4 sendto",
@@ -40,7 +52,10 @@ FORBIDDEN = {
         "finit_module kexec_load reboot keyctl add_key request_key"
     ),
 }
+
+
 """What ends a program, by the reason that its verdict gives."""
+
 
 _X86_64 = (
     "read 0 write 1 open 2 close 3 stat 4 fstat 5 lstat 6 poll 7 lseek 8 mmap 9 mprotect 10 munmap 11 brk 12 "
@@ -60,6 +75,8 @@ _X86_64 = (
     "statx 332 rseq 334 pidfd_send_signal 424 io_uring_setup 425 pidfd_open 434 clone3 435 pidfd_getfd 438 "
     "faccessat2 439"
 )
+
+
 _AARCH64 = (
     "getcwd 17 dup 23 dup3 24 fcntl 25 ioctl 29 mkdirat 34 unlinkat 35 symlinkat 36 linkat 37 renameat 38 "
     "umount2 39 mount 40 pivot_root 41 ftruncate 46 faccessat 48 chroot 51 openat 56 close 57 pipe2 59 "

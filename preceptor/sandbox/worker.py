@@ -32,15 +32,25 @@ from preceptor.sandbox.child import PROGRAM, Ends, run_program
 from preceptor.sandbox.kernel import CONTINUE, RECEIVE, SEND, Kernel
 
 LONGEST_RESULTS = 1 << 20  # bytes that a program may return over all its calls
+
+
 OWN = f"{Path(__file__).parent}/"
+
+
 AT_EASE = (OWN, "/dev/", "/etc/ld.so", "/etc/localtime", "/usr/share/zoneinfo", "/usr/lib/locale", "/usr/share/locale")
+
+
 """What the interpreter and the C library look for by themselves, as they do for shared libraries; a printed stack looks
 for the lines of this package. It is refused, and the program goes on."""
+
+
 PRELOADED = (
     "abc array ast base64 bisect calendar cmath collections collections.abc contextlib copy csv ctypes dataclasses "
     "datetime decimal enum fractions functools hashlib heapq io itertools json math numbers operator random re "
     "statistics string struct textwrap time traceback types typing unicodedata zlib"
 )
+
+
 """Modules that programs use, loaded once, before the fork."""
 
 

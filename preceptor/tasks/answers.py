@@ -13,8 +13,13 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 LONGEST = 4000  # characters of a response that are looked at, from its end
+
+
 DIGITS = 60  # of one number; longer ones are not answers
+
+
 EXPONENT = 300  # largest power of ten that is read: 1e999999999 would fill the memory
+
 
 _SCALES = {
     "length": {"mm": "1/1000", "cm": "1/100", "dm": "1/10", "m": "1", "km": "1000"},
@@ -30,7 +35,11 @@ _SCALES = {
     "share": {"%": "1/100"},
     "angle": {"°": "1"},
 }
+
+
 UNITS = {unit: (kind, Fraction(size)) for kind, sizes in _SCALES.items() for unit, size in sizes.items()}
+
+
 _SPELLINGS = {
     "mm": "millimeter millimetre", "cm": "centimeter centimetre", "dm": "decimeter decimetre", "m": "meter metre",
     "km": "kilometer kilometre", "in": "inch inches", "ft": "foot feet", "yd": "yard", "mi": "mile",
@@ -39,10 +48,17 @@ _SPELLINGS = {
     "ml": "milliliter millilitre", "cl": "centiliter centilitre", "l": "liter litre", "¢": "cent", "$": "dollar usd",
     "€": "euro eur", "£": "gbp", "¥": "yen jpy", "%": "percent", "°": "degree deg",
 }  # fmt: skip
+
+
 _NAMES = {spelling: unit for unit, spellings in _SPELLINGS.items() for spelling in (unit, *spellings.split())}
 
+
 _INTEGER = r"(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)"
+
+
 _DECIMAL = rf"(?:{_INTEGER}(?:\.\d+)?|\.\d+)"
+
+
 _NUMBER = re.compile(
     r"(?P<sign>[-+]\s?)?(?P<currency>[$€£¥]\s?)?(?P<inner>-)?"
     rf"(?:(?P<whole>{_INTEGER})(?:\s+and)?\s+(?=\d+\s?/))?"
@@ -51,8 +67,14 @@ _NUMBER = re.compile(
     r"(?P<unit>\s?(?:%|[°¢€£¥]|[a-zA-Zµμ]+(?:/[a-zA-Z]+)?\b))?",
     re.IGNORECASE,
 )
+
+
 _MARK = re.compile(r"\\(?:boxed|fbox)\s*\{|####|answer\s*(?:is|:|=)\s*(?:is|:|=)?", re.IGNORECASE)
+
+
 _WORDS = re.compile(r"(?:\s*[a-zA-Z]+(?![a-zA-Z])){0,4}\s*")
+
+
 _NAMED = re.compile(r"(?:(?P<name>[a-zA-Z]\w*)\s*)?=\s*")
 
 

@@ -13,8 +13,8 @@ from fractions import Fraction
 from random import Random
 from typing import Literal
 
-from preceptor.tasks import Datum, Item, same_length
 from preceptor.tasks.answers import same, written
+from preceptor.tasks.records import Datum, Item, same_length
 from preceptor.tasks.sampling import draw_items, only_skills
 
 FORMAT = "Show the working, then end with a line that holds #### and the number."
@@ -255,10 +255,20 @@ def _number(stream: Random, digits: int, *, least: int = 0) -> int:
 
 
 _PEOPLE = ("Ada", "Ben", "Chen", "Dara", "Emil", "Fatima", "Goran", "Hana", "Ines", "Jamal", "Kofi", "Lena")
+
+
 _THINGS = ("apples", "beads", "books", "coins", "cards", "eggs", "marbles", "nails", "pencils", "shells", "stamps")
+
+
 _LENGTHS = (("km", "m", 1000), ("m", "cm", 100), ("cm", "mm", 10))
+
+
 _MASSES = (("kg", "g", 1000), ("t", "kg", 1000), ("g", "mg", 1000))
+
+
 _TIMES = (("h", "min", 60), ("min", "s", 60), ("weeks", "days", 7), ("days", "h", 24))
+
+
 SKILLS: Mapping[str, Mapping[str, Callable[[Random], Problem]]] = {
     "addition": {"one_digit": _add(1), "two_digit": _add(2), "three_digit": _add(3)},
     "subtraction": {"one_digit": _subtract(1), "two_digit": _subtract(2), "below_zero": _subtract(2, below_zero=True)},

@@ -17,26 +17,44 @@ from fractions import Fraction
 from preceptor.tasks.answers import EXPONENT, LONGEST, UNITS, parts, short_unit, written
 
 _SPACES = re.compile(r"\\(?:(?:left|right|displaystyle|q?quad)(?![a-zA-Z])|[,!;: ])|[~\s$]")
+
+
 _FORMS = (
     (r"\\[dt]frac(?![a-zA-Z])", r"\\frac"),
     (r"\\frac\s*([0-9a-zA-Z])", r"\\frac{\1}"),
     (r"(\\frac\s*\{[^{}]*\})\s*([0-9a-zA-Z])", r"\1{\2}"),
     (r"([\^_]|\\sqrt)\s*\{\s*([0-9a-zA-Z])\s*\}", r"\1\2"),
 )
+
+
 _DRESS = ((r"\\(?:text|mathrm|textbf|mathbf|mbox)\s*\{([^{}]*)\}", r"\1"), (r"\\%", ""), (r"\^\s*\{?\\circ\}?", ""))
+
+
 _FEW = r"(?:[\w.^]|\\[a-zA-Z]+(?![a-zA-Z])|\{[^{}]*\})"  # of a product, which a stroke may follow without parentheses
+
+
 _POWER = re.compile(r"(?P<sign>-?)(?P<base>\d{1,9})\^\{?(?P<power>-?\d{1,3})\}?")
+
+
 _WORD = r"[a-zA-Zµμ]+(?![a-zA-Zµμ])(?:/[a-zA-Z]+(?![a-zA-Z]))?"
+
+
 _AFTER = re.compile(
     rf"(?P<gap>\s*)(?:(?P<many>square|sq|cubic)\s+)?(?P<unit>[%°¢€£¥$]|{_WORD})?"
     rf"(?:\s*\^\s*\{{?(?P<power>[23])\}}?)?(?P<more>(?:\s*{_WORD}){{0,4}})\s*\.?"
 )
+
+
 _FILLER = re.compile("an?|by|each|in|is|of|per|the|to")
+
+
 # Words after a number that change its value, or make it no number.
 _COUNTING = re.compile(
     "(?:hundred|thousand|million|billion|trillion|dozen|third|quarter)s?|hal(?:f|ves)|and|or|plus|minus|over|mod|modulo|"
     "factorial|squared|cubed|base|sin|cos|tan|log|exp|infinity|one|two|three|four|five|six|seven|eight|nine|ten"
 )
+
+
 LAYERS = 8  # of braces and parentheses around an answer that are taken off
 
 

@@ -17,17 +17,31 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from preceptor.errors import UserError
-from preceptor.tasks import Datum, Item, same_length
 from preceptor.tasks.answers import same
+from preceptor.tasks.records import Datum, Item, same_length
 from preceptor.tasks.sampling import draw_items, only_skills
 
 GRID = 4  # cells a side
+
+
 CELL = {"compact": 8, "worded": 56}  # pixels a side of a cell
+
+
 COLOURS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (50, 80, 220), "yellow": (240, 200, 40)}
+
+
 KINDS = ("circle", "square", "triangle", "cross")
+
+
 WORDS = (*COLOURS, *KINDS, "left", "right", "above", "below", "yes", "no")  # all answers that are no numbers
+
+
 BACKGROUND = (255, 255, 255)
+
+
 _SHAPE = re.compile(rf"({'|'.join(COLOURS)}) ({'|'.join(KINDS)})\b[^;]*?\brow\s*(\d+)\W+column\s*(\d+)")
+
+
 FORMAT = "End with a line that holds #### and the answer, one word or a number."
 
 

@@ -14,13 +14,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from preceptor.errors import UserError
-from preceptor.tasks import Datum, Item
 from preceptor.tasks.answers import parse
 from preceptor.tasks.arithmetic import Arithmetic
+from preceptor.tasks.records import Datum, Item
 from preceptor.tasks.sampling import select
 
 SKILL = "word_problems"
+
+
 SUBSKILL = "unsorted"
+
+
 WORDED = Arithmetic(form="worded")
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from preceptor.errors import UserError
 from preceptor.sandbox import Program, Reason, Sandbox, Verdict, read_tests
-from preceptor.tasks import Datum, Item, same_length
+from preceptor.tasks.records import Datum, Item, same_length
 from preceptor.tasks.sampling import draw_items, only_skills
 
 CALLS = 5  # tests of a problem
@@ -272,8 +272,14 @@ def _choice(stream: Random) -> Problem:
 
 
 _LETTERS = "abcdefghijklmnopqrst"
+
+
 _SIGNS = (("+", "plus", "the sum of a and b"), ("-", "minus", "the difference a minus b"))
+
+
 _ORDERS = ((">", "above"), ("<", "below"))
+
+
 SKILLS: Mapping[str, Mapping[str, Callable[[Random], Problem]]] = {
     "arithmetic": {"chain": _chain, "precedence": _precedence, "remainder": _remainder},
     "strings": {"middle": _middle, "ending": _ending, "joining": _joining},

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from preceptor.errors import UserError
-from preceptor.tasks import Item
+from preceptor.tasks.records import Item
 
 TRIES = 50  # draws of one item before it may equal an earlier one
 

@@ -1,0 +1,1 @@
+"""The commands beside ``run`` and ``reproduce``: each module has a ``Config`` and a ``main``."""

@@ -1,0 +1,1 @@
+"""Text data: readers, sequences with response masks, batches."""

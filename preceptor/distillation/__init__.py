@@ -1,0 +1,1 @@
+"""What distillation methods share: teachers, the objective, lessons, on-policy samples."""

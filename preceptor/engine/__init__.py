@@ -1,0 +1,1 @@
+"""``Run`` and its plumbing: settings, distribution, checkpoints, the run's folder, metrics."""

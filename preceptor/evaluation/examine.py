@@ -1,0 +1,69 @@
+"""A student beside its teacher, itself before it was taught, and a student taught by labels only, as one table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence as Listed
+from pathlib import Path
+
+from preceptor.data.readers import Message
+from preceptor.data.sequences import Sequence
+from preceptor.evaluation.language import (
+    TEACHER,
+    ask,
+    evaluate_language,
+    evaluate_own_samples,
+    language_headline,
+    language_table,
+    samples,
+)
+from preceptor.evaluation.result import write_result
+from preceptor.models.language_model import LanguageModel
+from preceptor.report import write_report
+from preceptor.report.table import Table
+
+
+def examine(
+    folder: Path,
+    teacher: LanguageModel,
+    students: Mapping[str, LanguageModel],
+    exam: Listed[Sequence],
+    *,
+    questions: Listed[Listed[Message]],
+    title: str,
+    command: str,
+    answer_length: int,
+    seed: int = 0,
+) -> Table:
+    """Evaluate students beside their teacher on held-out text and on what they write themselves; show and keep it all.
+
+    The table goes to the terminal; ``result.json``, ``samples.json`` and ``report.html`` into the folder.
+
+    Args:
+        folder: of the run or the evaluation.
+        teacher: that the students are compared with, evaluated too.
+        students: column of the table -> student; the headline names ``TAUGHT`` and ``LABELS_ONLY``.
+        exam: held-out sequences.
+        questions: conversations whose answers are shown side by side.
+        title: of the table.
+        command: that repeats this.
+        answer_length: tokens of an answer that a model writes, at most.
+        seed: of what the students write.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    said, prompts = ask(teacher, exam), [sequence.prompt for sequence in exam if sequence.prompt]
+    measures = {TEACHER: evaluate_language(teacher, None, exam, said=said)}
+    measures |= {name: evaluate_language(student, said, exam) for name, student in students.items()}
+    own = {
+        name: evaluate_own_samples(student, teacher, prompts, max_new_tokens=answer_length, seed=seed)
+        for name, student in students.items()
+        if prompts
+    }
+    table = language_table(title, measures, own)
+    models = {TEACHER: teacher, **students}
+    told = samples(models, questions, max_new_tokens=answer_length) if questions else []
+    write_result(folder, table, told, headline=language_headline(measures), command=command)
+    table.print()
+    print(f"The page: {write_report(folder)}")
+    return table

@@ -1,0 +1,28 @@
+"""Which packages of an extra are not installed."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+
+def missing_packages(extra: str) -> list[str] | None:
+    """The packages of ``extra`` that are not installed, by their names on the package index.
+
+    None where that is not known, since Preceptor itself runs from its source without being installed.
+
+    The package's own metadata says what an extra needs, so that no second list can disagree with it.
+    """
+    try:
+        requirements = metadata.requires("preceptor") or []
+    except metadata.PackageNotFoundError:
+        return None
+    missing = []
+    for requirement in requirements:
+        name, _, marker = requirement.partition(";")
+        if marker.replace('"', "'").strip() == f"extra == '{extra}'":
+            package = name.split("[")[0].strip().rstrip("<>=!~,.0123456789 ")
+            try:
+                metadata.distribution(package)
+            except metadata.PackageNotFoundError:
+                missing.append(package)
+    return missing

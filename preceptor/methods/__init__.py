@@ -1,0 +1,1 @@
+"""The methods: a folder each, with the recipe, its own pieces and its reproduction."""

@@ -1,0 +1,1 @@
+"""data_env: agents write what a student is taught."""

@@ -1,0 +1,1 @@
+"""echoatt: similar layers share one attention matrix."""

@@ -1,0 +1,1 @@
+"""gkd: generalised knowledge distillation, off-policy to on-policy."""

@@ -1,0 +1,1 @@
+"""mathdial: a tutor learns from dialogues with a simulated student."""

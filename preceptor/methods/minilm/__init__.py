@@ -1,0 +1,1 @@
+"""minilm: a student learns the relations of its teacher's attention."""

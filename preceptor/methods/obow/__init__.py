@@ -1,0 +1,1 @@
+"""obow: a backbone predicts the visual words of its momentum copy."""

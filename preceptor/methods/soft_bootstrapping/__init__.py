@@ -1,0 +1,1 @@
+"""soft_bootstrapping: a model teaches itself from verified attempts."""

@@ -1,0 +1,1 @@
+"""Models: loaded, sampled from, saved, and students made from them."""
