@@ -33,7 +33,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from preceptor.cache import Cache, CachedTeacher, Plan, Wanted, capture
+from preceptor.cache import Cache, Plan, Wanted, capture
 from preceptor.cache.choice import fit
 from preceptor.cache.codecs import codebook, codec_from, encode
 from preceptor.cache.decoding_error import LogProbs
@@ -43,7 +43,7 @@ from preceptor.data.embedded_prompts import make_prompts
 from preceptor.data.encoding import encode as tokenise
 from preceptor.data.readers import Example
 from preceptor.data.sequences import Batch, Sequence, collate
-from preceptor.distillation.teachers import FrozenTeacher, Teacher
+from preceptor.distillation.teachers import CachedTeacher, FrozenTeacher, Teacher
 from preceptor.knowledge import Head, TopKTargets
 from preceptor.losses.divergences import divergence
 from preceptor.models.language_model import LanguageModel

@@ -18,9 +18,9 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from preceptor.cache import Cache, CachedTeacher, Plan, Wanted, capture
+from preceptor.cache import Cache, Plan, Wanted, capture
 from preceptor.distillation.lessons import Lessons, Text, prepare
-from preceptor.distillation.teachers import Recital, Teacher
+from preceptor.distillation.teachers import CachedTeacher, Recital, Teacher
 from preceptor.engine.run import Run
 from preceptor.evaluation.language import ask, evaluate_language
 from preceptor.files import write_whole

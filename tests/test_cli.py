@@ -236,9 +236,9 @@ def test_reproduce_writes_the_table_and_fails_with_the_claim(
     page = ModuleType("preceptor.report")
     page.write_report = lambda folder: folder / "report.html"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "preceptor.report", page)
-    experiment = ModuleType("preceptor.reproductions.echo")
+    experiment = ModuleType("preceptor.methods.echo.reproduction")
     experiment.reproduce = lambda seeds, folder, full: FakeTable(holds and seeds == 2 and not full)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "preceptor.reproductions.echo", experiment)
+    monkeypatch.setitem(sys.modules, "preceptor.methods.echo.reproduction", experiment)
     assert cli.main(["reproduce", "echo", "--seeds", "2", "--output", "out"]) == (0 if holds else 1)
     assert json.loads(Path("out/table.json").read_text()) == {"holds": holds}
     assert Path("out/table.md").read_text() == "| a |\n"

@@ -157,7 +157,7 @@ def test_a_fresh_process_loads_it_by_importing_preceptor(first: str, tmp_path: P
 def test_our_own_modules_may_come_first(module: str) -> None:
     script = (
         f"import {module}\nfrom transformers import AutoModelForCausalLM\n"
-        "from preceptor.sharing.model import SharedAttentionConfig\n"
+        "from preceptor.models.shared_attention.model import SharedAttentionConfig\n"
         "assert SharedAttentionConfig in AutoModelForCausalLM._model_mapping"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
