@@ -17,7 +17,6 @@ Their sum is the estimate; tests/test_doctor.py holds it to a measured peak.
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +34,7 @@ from preceptor.models import embedded
 from preceptor.models.language_model import LanguageModel
 from preceptor.models.shared_attention.config import SharedAttentionConfig
 from preceptor.models.student import make_student
+from preceptor.models.student_spec import FollowersSpec, FreshSpec, LayersSpec, LoraSpec, StudentSpec, parse_student
 
 LOSS_BYTES = 256 << 20
 
@@ -115,13 +115,13 @@ def memory_needed(
     """
     if batch < 1 or length < 1:
         raise UserError(f"The batch is {batch} examples of {length} tokens: both must be at least 1.")
-    config = read_config(teacher)
+    config, spec = read_config(teacher), parse_student(student)
     with FakeTensorMode(allow_non_fake_inputs=True):
         large = _build(config)
-        small = _shape_of(student, large)
+        small = _shape_of(spec, large)
         weights = sum(parameter.numel() for parameter in small.parameters())
         learning = sum(parameter.numel() for parameter in small.parameters() if parameter.requires_grad)
-        beside = 0 if student.startswith("lora:") and "base=" not in student else _count(large)
+        beside = 0 if isinstance(spec, LoraSpec) and spec.base is None else _count(large)
         one = _kept(small, 1, length, precision)
         more = _kept(small, 2, length, precision) - one if batch > 1 else 0
     parts = {
@@ -176,33 +176,29 @@ def _build(config: PretrainedConfig) -> LanguageModel:
     return LanguageModel(model, Vocabulary(size))
 
 
-def _shape_of(spec: str, teacher: LanguageModel) -> LanguageModel:
+def _shape_of(spec: StudentSpec, teacher: LanguageModel) -> LanguageModel:
     """A model with the shapes of the student: a pruned copy has those of a fresh one with as many layers."""
-    kind, _, rest = spec.partition(":")
-    if kind == "teacher" and re.fullmatch(r"followers=\d+(,\d+)*", rest):
-        followers = [int(layer) for layer in rest.partition("=")[2].split(",")]
-        return _build(SharedAttentionConfig(text_config=teacher.causal.config, followers=followers))
-    if kind == "teacher":
-        numbers = re.fullmatch(r"layers=(\d+(?:,\d+)*)", rest.replace(" ", ""))
-        if numbers is None:
-            raise UserError(f"'{spec}' is not a student: give teacher:layers=10, or teacher:layers=0,3,7.")
-        listed = numbers[1].split(",")
-        return make_student(f"fresh:layers={listed[0] if len(listed) == 1 else len(listed)}", teacher, seed=0)
-    if kind == "lora":
-        return _adapted(dict(item.partition("=")[::2] for item in rest.split(",")), teacher)
-    return make_student(spec, teacher, seed=0) if kind == "fresh" else _build(read_config(spec))
+    match spec:
+        case FollowersSpec(followers):
+            return _build(SharedAttentionConfig(text_config=teacher.causal.config, followers=followers))
+        case LayersSpec():
+            total = int(teacher.causal.config.get_text_config().num_hidden_layers)
+            return make_student(FreshSpec(layers=len(spec.kept(total))), teacher, seed=0)
+        case FreshSpec():
+            return make_student(spec, teacher, seed=0)
+        case LoraSpec():
+            return _adapted(spec, teacher)
+        case _:
+            return _build(read_config(spec.name))
 
 
-def _adapted(settings: dict[str, str], teacher: LanguageModel) -> LanguageModel:
-    rank = settings.get("rank", "8")
-    if not rank.isdecimal() or int(rank) < 1:
-        raise UserError(f"The student's rank is {rank}; it must be a whole number of at least 1.")
-    base = _build(read_config(settings["base"]) if "base" in settings else teacher.causal.config).requires_grad_(False)
+def _adapted(spec: LoraSpec, teacher: LanguageModel) -> LanguageModel:
+    base = _build(read_config(spec.base) if spec.base else teacher.causal.config).requires_grad_(False)
     head = base.causal.get_output_embeddings()  # type: ignore[no-untyped-call]
     for parent in list(base.modules()):
         for name, part in list(parent.named_children()):
             if isinstance(part, nn.Linear) and part is not head:
-                setattr(parent, name, LowRank(part, int(rank)))
+                setattr(parent, name, LowRank(part, spec.rank))
     return base
 
 

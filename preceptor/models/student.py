@@ -6,7 +6,6 @@ import copy
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,16 +18,10 @@ from preceptor.models.language_model import LanguageModel
 from preceptor.models.loading import load
 from preceptor.models.shared_attention.config import SharedAttentionConfig
 from preceptor.models.shared_attention.model import share
-
-FORMS = (
-    "teacher:layers=10 (evenly, first and last kept), teacher:layers=0,3,7 (these), teacher:followers=5,6,7 (these "
-    "share the attention of the layer below), "
-    "fresh:layers=4,hidden=192[,heads=,kv_heads=,intermediate=], lora:rank=8,alpha=16[,dropout=,base=NAME], or a "
-    "model's name or folder"
-)
+from preceptor.models.student_spec import FollowersSpec, FreshSpec, LayersSpec, LoraSpec, StudentSpec, parse_student
 
 
-def make_student(spec: str, teacher: LanguageModel, *, seed: int) -> LanguageModel:
+def make_student(spec: str | StudentSpec, teacher: LanguageModel, *, seed: int) -> LanguageModel:
     """A student by its specification, in float32 and in training mode; it shares no parameter with the teacher.
 
     - ``teacher:layers=10``: the teacher with 10 of its layers, evenly spaced, the first and the last among them.
@@ -42,27 +35,27 @@ def make_student(spec: str, teacher: LanguageModel, *, seed: int) -> LanguageMod
     - anything else: a model by name or folder, as ``load`` reads it.
 
     Args:
-        spec: the specification.
+        spec: the specification, as text or already read.
         teacher: what is copied, or gives architecture and tokenizer.
         seed: decides random weights; torch's own generator is left as it was.
 
     Raises:
         UserError: the specification is not of these forms, or names layers that the teacher does not have.
     """
-    kind, _, rest = spec.partition(":")
+    wanted = parse_student(spec) if isinstance(spec, str) else spec
     with _seeded(seed):
-        if re.fullmatch(r"teacher:followers=\d+(,\d+)*", spec):
-            student = sharing(teacher, [int(layer) for layer in rest.partition("=")[2].split(",")])
-        elif kind == "teacher":
-            student = _pruned(teacher, _layers(rest, spec, teacher))
-        elif kind == "fresh":
-            student = _fresh(teacher, _settings(rest, spec, ("layers", "hidden", "heads", "kv_heads", "intermediate")))
-        elif kind == "lora":
-            student = _lora(teacher, _settings(rest, spec, ("rank", "alpha", "dropout", "base")), spec)
-        elif re.match(r"^[a-z]+:.*=", spec) and not Path(spec).exists():
-            raise UserError(f'"{spec}" is not a student: give {FORMS}.')
-        else:
-            student = load(spec)
+        match wanted:
+            case LayersSpec():
+                total = int(teacher.causal.config.get_text_config().num_hidden_layers)
+                student = _pruned(teacher, wanted.kept(total))
+            case FollowersSpec(followers):
+                student = sharing(teacher, list(followers))
+            case FreshSpec():
+                student = _fresh(teacher, wanted)
+            case LoraSpec():
+                student = _lora(teacher, wanted)
+            case _:
+                student = load(wanted.name)
     return student.train()
 
 
@@ -71,39 +64,6 @@ def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
-
-
-def _settings(rest: str, spec: str, names: tuple[str, ...]) -> dict[str, str]:
-    pairs = [item.partition("=") for item in rest.split(",")]
-    found = {name.strip(): value.strip() for name, _, value in pairs}
-    if not all(found.values()) or not found.keys() <= set(names) or len(found) < len(pairs):
-        raise UserError(f'"{spec}" is not a student: its settings are {", ".join(names)}; give {FORMS}.')
-    return found
-
-
-def _whole(value: str, name: str, least: int = 1) -> int:
-    if not value.isdecimal() or int(value) < least:
-        raise UserError(f"The student's {name} is {value}; it must be a whole number of at least {least}.")
-    return int(value)
-
-
-def _layers(rest: str, spec: str, teacher: LanguageModel) -> tuple[int, ...]:
-    """The teacher's layers to keep: a count is spread evenly, a list is taken as it is."""
-    match = re.fullmatch(r"layers=(\d+(?:,\d+)*)", rest.replace(" ", ""))
-    if match is None:
-        raise UserError(f'"{spec}" is not a student: give {FORMS}.')
-    numbers = [int(number) for number in match[1].split(",")]
-    total = int(teacher.causal.config.get_text_config().num_hidden_layers)
-    if len(numbers) == 1:
-        count = numbers[0]
-        if not 1 <= count <= total:
-            raise UserError(f"The student is to have {count} layers, but the teacher has {total}: choose 1 to {total}.")
-        return tuple(round(place * (total - 1) / max(1, count - 1)) for place in range(count))
-    if max(numbers) >= total:
-        raise UserError(f"The student's layer {max(numbers)} is out of range: the teacher has layers 0 to {total - 1}.")
-    if any(later <= earlier for earlier, later in zip(numbers, numbers[1:])):
-        raise UserError(f"The student's layers {match[1]} must be distinct and ascending.")
-    return tuple(numbers)
 
 
 def _plain(teacher: LanguageModel) -> PreTrainedModel:
@@ -127,7 +87,7 @@ def _pruned(teacher: LanguageModel, keep: tuple[int, ...]) -> LanguageModel:
 
 
 def sharing(teacher: LanguageModel, followers: list[int]) -> LanguageModel:
-    """The teacher, in float32 and in training mode, where these layers share attention (``preceptor.sharing``).
+    """The teacher, in float32 and in training mode, where these layers share attention (see ``share``).
 
     Raises:
         UserError: the architecture is not supported, or the followers do not fit it.
@@ -179,13 +139,13 @@ def _with_layers(config: Any, keep: tuple[int, ...]) -> Any:
     return config
 
 
-def _fresh(teacher: LanguageModel, settings: dict[str, str]) -> LanguageModel:
+def _fresh(teacher: LanguageModel, spec: FreshSpec) -> LanguageModel:
     source = teacher.causal
     _check_unshared(source.config)
     text = source.config.get_text_config()
-    count = _whole(settings.get("layers", str(text.num_hidden_layers)), "layers")
+    count = spec.layers or int(text.num_hidden_layers)
     config = _with_layers(source.config, tuple(range(count)))
-    sizes = _sizes(text, settings)
+    sizes = _sizes(text, spec)
     for name, value in sizes.items():
         setattr(config.get_text_config(), name, value)
     with embedded.without_progress_bars():
@@ -194,15 +154,15 @@ def _fresh(teacher: LanguageModel, settings: dict[str, str]) -> LanguageModel:
     return LanguageModel(model, copy.deepcopy(teacher.tokenizer))
 
 
-def _sizes(text: Any, settings: dict[str, str]) -> dict[str, int]:
+def _sizes(text: Any, spec: FreshSpec) -> dict[str, int]:
     """The widths of a fresh student; what is not given keeps the teacher's width of a head and its proportions."""
     known = text.to_dict()
-    hidden = _whole(settings.get("hidden", str(text.hidden_size)), "hidden width")
+    hidden = spec.hidden or int(text.hidden_size)
     width = known.get("head_dim") or text.hidden_size // text.num_attention_heads
-    heads = _whole(settings.get("heads", str(max(1, hidden // width))), "heads")
+    heads = spec.heads or max(1, hidden // width)
     grouped = known.get("num_key_value_heads") or text.num_attention_heads
     default = next(k for k in range(max(1, heads * grouped // text.num_attention_heads), 0, -1) if heads % k == 0)
-    kv_heads = _whole(settings.get("kv_heads", str(default)), "kv_heads")
+    kv_heads = spec.kv_heads or default
     if hidden % heads or heads % kv_heads or (hidden // heads) % 2:
         raise UserError(
             f"A fresh student of hidden={hidden}, heads={heads}, kv_heads={kv_heads} does not fit: hidden must be an "
@@ -215,26 +175,25 @@ def _sizes(text: Any, settings: dict[str, str]) -> dict[str, int]:
         sizes["head_dim"] = hidden // heads
     if known.get("intermediate_size"):
         inner = max(8, round(known["intermediate_size"] * hidden / text.hidden_size / 8) * 8)
-        sizes["intermediate_size"] = _whole(settings.get("intermediate", str(inner)), "intermediate width")
+        sizes["intermediate_size"] = spec.intermediate or inner
     return sizes
 
 
-def _lora(teacher: LanguageModel, settings: dict[str, str], spec: str) -> LanguageModel:
+def _lora(teacher: LanguageModel, spec: LoraSpec) -> LanguageModel:
     from peft import LoraConfig, TaskType, get_peft_model
 
-    rank = _whole(settings.get("rank", "8"), "rank")
-    alpha = _whole(settings.get("alpha", str(2 * rank)), "alpha")
-    dropout = settings.get("dropout", "0")
-    if not re.fullmatch(r"0?\.\d+|0", dropout):
-        raise UserError(f'The dropout in "{spec}" is {dropout}; it must lie in [0, 1).')
-    if "base" in settings:
-        named = load(settings["base"])
+    if spec.base is not None:
+        named = load(spec.base)
         base, tokenizer = named.causal, named.tokenizer
     else:
         source = _plain(teacher)
         base = (source if teacher.adapted else copy.deepcopy(source)).to(torch.float32)  # type: ignore[arg-type]
         tokenizer = copy.deepcopy(teacher.tokenizer)
     config = LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=float(dropout), target_modules="all-linear", task_type=TaskType.CAUSAL_LM
+        r=spec.rank,
+        lora_alpha=spec.alpha,
+        lora_dropout=spec.dropout,
+        target_modules="all-linear",
+        task_type=TaskType.CAUSAL_LM,
     )
     return LanguageModel(get_peft_model(base, config), tokenizer)

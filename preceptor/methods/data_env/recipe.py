@@ -68,6 +68,7 @@ from preceptor.methods.data_env.small_models import SMALL, Seeing, load_pupil_mo
 from preceptor.methods.data_env.student import Pupil
 from preceptor.methods.data_env.writers import Symbolic, Writer
 from preceptor.models.loading import load
+from preceptor.models.student_spec import LoraSpec, parse_student
 from preceptor.report import write_report
 from preceptor.report.table import Table
 from preceptor.statistics import Value
@@ -140,9 +141,10 @@ class Config:
             raise UserError(f"items is {self.items} and hypotheses {self.hypotheses}: both must be 1 or more.")
         if self.policy in ("train_retrain", "accumulate") and self.teacher.model == SYMBOLIC:
             raise UserError(f"The policy {self.policy} asks a language model: set teacher.model.")
-        if self.task == "visual" and self.student.startswith("lora:"):
+        spec = parse_student(self.student)
+        if self.task == "visual" and isinstance(spec, LoraSpec):
             raise UserError("Visual questions need a student that sees: set student to small, or to the folder of one.")
-        if self.student.startswith("lora:") and "base=" not in self.student:
+        if isinstance(spec, LoraSpec) and spec.base is None:
             raise UserError("The student's adapter needs a base: give lora:rank=16,base=NAME.")
 
 
@@ -237,15 +239,13 @@ def drawing(config: Config, task: Task) -> Draw | None:
 
 def make_pupil(config: Config, task: Task, questions: Questions, folder: Path) -> Pupil:
     """The student at the start; ``small`` goes to school first, once for each ``folder``."""
-    adapter = ""
+    spec, adapter = parse_student(config.student), None
     if config.student == SMALL:
         if not (folder / "student").exists():
             go_to_school(config.school, task, questions, folder, seed=config.training.seed)
         first = load_pupil_model(folder / "student")
-    elif config.student.startswith("lora:"):
-        settings = config.student.removeprefix("lora:").split(",")
-        adapter = "lora:" + ",".join(one for one in settings if not one.startswith("base="))
-        first = load(next(one.removeprefix("base=") for one in settings if one.startswith("base=")))
+    elif isinstance(spec, LoraSpec) and spec.base is not None:
+        adapter, first = replace(spec, base=None), load(spec.base)
     else:
         first = load_pupil_model(Path(config.student))
     batch = 256 if config.student == SMALL else 16

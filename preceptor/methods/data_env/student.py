@@ -27,6 +27,7 @@ from preceptor.losses.divergences import divergence
 from preceptor.methods.data_env.small_models import EYES, Seeing, SeenBatch, cut_patches
 from preceptor.models.language_model import LanguageModel, in_evaluation
 from preceptor.models.student import make_student
+from preceptor.models.student_spec import LoraSpec
 from preceptor.tasks.records import Datum, Item, Task, item_of
 
 
@@ -60,7 +61,7 @@ class Pupil:
         task: Task,
         training: Training,
         *,
-        adapter: str = "",
+        adapter: str | LoraSpec | None = None,
         answer_length: int = 350,
         max_length: int = 1024,
         batch_size: int = 256,
@@ -71,7 +72,7 @@ class Pupil:
             first: the model before any lesson; it is never changed.
             task: gives the text that the student reads of an item.
             training: how it is taught; epochs or steps count anew in each lesson.
-            adapter: a LoRA specification of ``make_student`` for what learns; empty: all weights learn.
+            adapter: a LoRA specification of ``make_student`` for what learns; None: all weights learn.
             answer_length: tokens of an answer at most.
             max_length: tokens of a training item; a longer one is cut.
             batch_size: items answered at a time.

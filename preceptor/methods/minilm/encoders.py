@@ -6,6 +6,7 @@ An encoder, or a causal model up to its last hidden states. What a recipe that l
 from __future__ import annotations
 
 import copy
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from preceptor.errors import UserError
 from preceptor.files import write_whole
 from preceptor.models.loading import load, load_encoder
 from preceptor.models.model_folder import write_model
+from preceptor.models.student_spec import FreshSpec, parse_student
 
 _SIZES = {
     "layers": "num_hidden_layers",
@@ -95,12 +97,13 @@ def make_body(spec: str, like: PreTrainedModel, tokenizer: Any, *, dropout: floa
     Raises:
         UserError: the specification does not fit, or the named model has another tokenizer.
     """
-    if not spec.startswith("fresh:"):
+    fresh_spec = parse_student(spec)
+    if not isinstance(fresh_spec, FreshSpec):
         model, own = load_body(spec)
         check_tokens(tokenizer, own)
         return model
     config = copy.deepcopy(like.config)
-    for name, value in {**_fresh_sizes(spec, config), **dict.fromkeys(_RATES, dropout)}.items():
+    for name, value in {**_fresh_sizes(fresh_spec, config), **dict.fromkeys(_RATES, dropout)}.items():
         if hasattr(config, name):
             setattr(config, name, value)
     if getattr(config, "layer_types", None):
@@ -111,23 +114,26 @@ def make_body(spec: str, like: PreTrainedModel, tokenizer: Any, *, dropout: floa
     return fresh
 
 
-def _fresh_sizes(spec: str, config: Any) -> dict[str, int]:
-    given = dict(item.partition("=")[::2] for item in spec.removeprefix("fresh:").split(","))
-    if not {"layers", "hidden"} <= given.keys() <= _SIZES.keys() or not all(x.isdecimal() for x in given.values()):
+def _fresh_sizes(spec: FreshSpec, config: Any) -> dict[str, int]:
+    if spec.layers is None or spec.hidden is None:
         raise UserError(
-            f'"{spec}" is not a fresh student: give fresh:layers=3,hidden=192[,heads=,kv_heads=,intermediate=].'
+            "A fresh student without layers or hidden is not complete: give "
+            "fresh:layers=3,hidden=192[,heads=,kv_heads=,intermediate=]."
         )
-    sizes = {_SIZES[key]: int(value) for key, value in given.items()}
+    sizes: dict[str, int] = {_SIZES[key]: size for key, size in asdict(spec).items() if size is not None}
     heads = sizes.setdefault("num_attention_heads", config.num_attention_heads)
     groups = sizes.get("num_key_value_heads", getattr(config, "num_key_value_heads", None) or heads)
-    if min(sizes.values()) < 1 or sizes["hidden_size"] % heads or heads % groups:
+    if sizes["hidden_size"] % heads or heads % groups:
         raise UserError(
-            f'"{spec}" does not fit: hidden must be a multiple of the {heads} heads, and these of the {groups} key and '
-            "value heads."
+            f"A fresh student of hidden={spec.hidden} does not fit: hidden must be a multiple of the {heads} heads, "
+            f"and these of the {groups} key and value heads."
         )
     width = sizes["hidden_size"] // heads
     if hasattr(config, "rope_parameters") and width % 2:
-        raise UserError(f'"{spec}" does not fit: rotary embedding needs heads of an even width, and theirs is {width}.')
+        raise UserError(
+            f"A fresh student of hidden={spec.hidden} does not fit: rotary embedding needs heads of an even width, and "
+            f"theirs is {width}."
+        )
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     sizes.setdefault("intermediate_size", round(inner / config.hidden_size * sizes["hidden_size"]))
     return {**sizes, "head_dim": width}

@@ -64,12 +64,12 @@ def test_the_seed_decides_the_weights_and_torchs_own_generator_is_left(tokenizer
 @pytest.mark.parametrize(
     ("spec", "sentence"),
     [
-        ("fresh:", "not a fresh student"),
-        ("fresh:layers=2", "not a fresh student"),
-        ("fresh:layers=2,hidden=x", "not a fresh student"),
-        ("fresh:layers=2,hidden=16,depth=3", "not a fresh student"),
+        ("fresh:", "its settings are layers, hidden"),
+        ("fresh:layers=2", "without layers or hidden"),
+        ("fresh:layers=2,hidden=x", "hidden width is x; it must be a whole number"),
+        ("fresh:layers=2,hidden=16,depth=3", "its settings are layers, hidden"),
         ("fresh:layers=2,hidden=18", "multiple of the 4 heads"),
-        ("fresh:layers=0,hidden=16", "does not fit"),
+        ("fresh:layers=0,hidden=16", "layers is 0; it must be a whole number of at least 1"),
     ],
 )
 def test_a_specification_that_does_not_fit_is_refused(spec, sentence, tokenizer):

@@ -204,7 +204,7 @@ def test_bad_settings_are_refused_before_a_folder_is_made(config, tmp_path):
         "3 relation heads do not divide.*choose one of 1, 2, 4, 8, 16": {"relation_heads": 3},
         "tokenizers of teacher and student differ: token 0": {"student": str(tmp_path / "other")},
         "Layer 7 is not one of the model's 3": {"teacher_layer": 7},
-        "not a fresh student": {"student": "fresh:layers=2"},
+        "without layers or hidden": {"student": "fresh:layers=2"},
         "does not fit: hidden must be a multiple": {"student": "fresh:layers=2,hidden=17,heads=4"},
         "max_length is 600": {"max_length": 600},
         "60 texts are held out": {"held_out": 60},
