@@ -6,10 +6,10 @@ The public names load on first use, so that ``import preceptor`` imports no torc
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING
 
-from preceptor.models.shared_attention import announce
+from preceptor.models.shared_attention import register_on_import
 
+TYPE_CHECKING = False  # type checkers take it as true; to import it from typing would take 25 ms
 if TYPE_CHECKING:
     from preceptor.data.embedded_prompts import make_prompts
     from preceptor.data.encoding import encode
@@ -58,7 +58,7 @@ _HOMES = {
     "preceptor.engine.run": ("Run",),
 }
 
-announce()
+register_on_import()
 
 
 def __getattr__(name: str) -> object:

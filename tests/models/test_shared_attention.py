@@ -150,6 +150,15 @@ def test_a_fresh_process_loads_it_by_importing_preceptor(first: str, tmp_path: P
     assert done.returncode == 0, done.stderr
 
 
+def test_to_announce_the_kind_of_model_imports_almost_nothing() -> None:
+    script = (
+        "import sys\nbefore = set(sys.modules)\nimport preceptor\nadded = set(sys.modules) - before\n"
+        "assert not {'torch', 'transformers', 'typing', 'importlib.abc', 'inspect'} & added, sorted(added)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     "module",
     ["preceptor.models.shared_attention.model", "preceptor.models.shared_attention.config", "preceptor.models"],

@@ -1,6 +1,6 @@
 """The configuration of a model with shared attention: the base model's own, and the layers that follow.
 
-It imports no torch, and makes itself known to transformers' ``AutoConfig`` (see ``preceptor.sharing``).
+It imports no torch, and makes itself known to transformers' ``AutoConfig`` (see the package).
 """
 
 from __future__ import annotations
