@@ -38,18 +38,14 @@ Command: ``preceptor run gkd --teacher smollm2 --student teacher:layers=10``
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Literal
-
-import torch
 
 from preceptor.cache import Cache
 from preceptor.cache.header import Header
 from preceptor.catalogue import repeat
-from preceptor.data.sequences import Batch, Sequence, collate
+from preceptor.distillation.held_out import held_out_loss
 from preceptor.distillation.lessons import Lessons, Text, prepare_together
 from preceptor.distillation.marked import Reader
 from preceptor.distillation.objective import LABELS, Objective
@@ -64,7 +60,7 @@ from preceptor.evaluation.language import LABELS_ONLY, TAUGHT, UNTAUGHT
 from preceptor.evaluation.power_law import NEEDED, Watcher, readable
 from preceptor.evaluation.power_law_picture import draw_law
 from preceptor.models.identity import same_tokenizer, template_hash, tokenizer_hash
-from preceptor.models.language_model import LanguageModel, in_evaluation
+from preceptor.models.language_model import LanguageModel
 from preceptor.models.loading import load
 from preceptor.models.student import make_student
 from preceptor.report.table import Table
@@ -164,7 +160,7 @@ def teach(run: Run, student: LanguageModel, said: Teacher | None, lessons: Lesso
     own, watcher = OwnShare(config.own), Watcher(config.training)
     run.remember("own", own, apart=True)
     run.remember("watcher", watcher)
-    batches, reader = partial(collate, pad_id=student.pad_id), Reader(student, None)
+    reader = Reader(student, None)
     for examples in run.steps(lessons.train):
         given = {id(example) for example in examples}
         mixed = own.mix(student, examples, config.text, progress=run.step / run.total)
@@ -174,7 +170,10 @@ def teach(run: Run, student: LanguageModel, said: Teacher | None, lessons: Lesso
             loss = run.student(batch.text, config.objective.against(knowledge, batch.text, batch.labels))
             run.update(loss.sum, loss.count, loss.parts)
         if run.evaluate_due:
-            held_out = held_out_loss(run, said, lessons.exam, batches, config)
+            size = config.training.batch_size
+            held_out = held_out_loss(
+                run.student, said, lessons.exam, config.objective, batch_size=size, pad_id=student.pad_id
+            )
             own.see(held_out)
             run.log(held_out_loss=held_out, own_share=own.share)
             verdict = watcher.see(run.step, held_out, total=run.total)
@@ -182,20 +181,6 @@ def teach(run: Run, student: LanguageModel, said: Teacher | None, lessons: Lesso
                 run.log(left_power_law_at=verdict.flagged)
     run.finish()
     return watcher
-
-
-@torch.no_grad()
-def held_out_loss(
-    run: Run, said: Teacher | None, exam: list[Sequence], batches: Callable[[list[Sequence]], Batch], config: Config
-) -> float:
-    """The objective's mean over the tokens of the held-out text."""
-    total = count = 0.0
-    with in_evaluation(run.student):
-        for start in range(0, len(exam), config.training.batch_size):
-            batch = batches(exam[start : start + config.training.batch_size]).to(run.device)
-            loss = run.student(batch, config.objective.against(said(batch) if said else None, batch))
-            total, count = total + float(loss.sum), count + float(loss.count)
-    return total / count
 
 
 def main(config: Config) -> Table | None:

@@ -32,14 +32,12 @@ Command: ``preceptor run mathdial --data shared/data/mathdial/test.jsonl``
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Listed
+from collections.abc import Iterable, Sequence as Listed
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
-
-import torch
 
 from preceptor.catalogue import repeat
 from preceptor.data.encoding import encode
@@ -69,6 +67,7 @@ from preceptor.dialogue.tutors import (
     teller,
     tutor_messages,
 )
+from preceptor.distillation.held_out import held_out_means
 from preceptor.engine.run import Run
 from preceptor.engine.run_folder import check_folder
 from preceptor.engine.settings import Training
@@ -76,12 +75,13 @@ from preceptor.errors import UserError
 from preceptor.evaluation.result import write_result
 from preceptor.language import Chat
 from preceptor.language.local import LocalModel
+from preceptor.losses import Loss
 from preceptor.losses.divergences import divergence
 from preceptor.methods.mathdial.common_errors import CommonErrors, chat_sampler, common_errors, read_problems
 from preceptor.methods.mathdial.text_metrics import Encoder, bert_f1, knowledge_f1, sbleu
 from preceptor.methods.mathdial.uptake import overlap_share
 from preceptor.models.identity import template_hash, tokenizer_hash
-from preceptor.models.language_model import LanguageModel, in_evaluation
+from preceptor.models.language_model import LanguageModel
 from preceptor.models.loading import load
 from preceptor.models.student import make_student
 from preceptor.report import write_report
@@ -268,25 +268,23 @@ class Examined:
 def examine(tutor: LanguageModel, exam: Listed[Pair], config: Config) -> Examined:
     """Measure a tutor on held-out turns."""
     texts = write_turns(tutor, exam[: config.written], config.voice.max_tokens)
-    return Examined(held_out_loss(tutor, [(pair.tokens, pair.unseen) for pair in exam]), texts)
+    return Examined(loss_by_problems(tutor, [(pair.tokens, pair.unseen) for pair in exam]), texts)
 
 
-@torch.no_grad()
-def held_out_loss(tutor: LanguageModel, exam: Listed[tuple[Sequence, bool]]) -> dict[str, float]:
+def loss_by_problems(tutor: LanguageModel, exam: Listed[tuple[Sequence, bool]]) -> dict[str, float]:
     """Nats a token of held-out turns: all, those of seen and those of unseen problems."""
-    sums: dict[str, list[float]] = {"all": [0.0, 0.0], "seen": [0.0, 0.0], "unseen": [0.0, 0.0]}
-    ordered = sorted(exam, key=lambda one: len(one[0].ids))
-    with in_evaluation(tutor):
-        for start in range(0, len(ordered), 8):
-            chosen = ordered[start : start + 8]
-            batch = collate([tokens for tokens, _ in chosen], tutor.pad_id).to(tutor.device)
-            hidden = tutor(batch)
-            for row, (_, unseen) in enumerate(chosen):
-                mask, labels = batch.predicts[row], batch.labels[row]
-                loss = divergence(hidden[row], tutor.head, None, mask=mask, labels=labels, weight=0.0, label_weight=1.0)
-                for name in ("all", "unseen" if unseen else "seen"):
-                    sums[name] = [sums[name][0] + float(loss.sum), sums[name][1] + float(loss.count)]
-    return {name: total / count for name, (total, count) in sums.items() if count}
+
+    def losses(examples: Listed[tuple[Sequence, bool]]) -> Iterable[tuple[str, Loss]]:
+        batch = collate([tokens for tokens, _ in examples], tutor.pad_id).to(tutor.device)
+        hidden = tutor(batch)
+        for row, (_, unseen) in enumerate(examples):
+            mask, labels = batch.predicts[row], batch.labels[row]
+            loss = divergence(hidden[row], tutor.head, None, mask=mask, labels=labels, weight=0.0, label_weight=1.0)
+            yield "all", loss
+            yield "unseen" if unseen else "seen", loss
+
+    found = held_out_means(tutor, sorted(exam, key=lambda one: len(one[0].ids)), losses, batch_size=8)
+    return {name: found[name] for name in ("all", "seen", "unseen") if name in found}
 
 
 def write_turns(tutor: LanguageModel, pairs: Listed[Pair], length: int) -> list[str]:

@@ -35,7 +35,7 @@ Command: ``preceptor run semantic_revision --teacher smollm2 --student teacher:l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence as Listed
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -46,6 +46,7 @@ from torch import Tensor
 
 from preceptor.catalogue import repeat
 from preceptor.data.sequences import Sequence
+from preceptor.distillation.held_out import held_out_means
 from preceptor.distillation.lessons import Lessons, Text, prepare_together
 from preceptor.distillation.marked import Lesson, Phrased, Reader
 from preceptor.distillation.on_policy import OwnSamples, OwnShare
@@ -65,7 +66,7 @@ from preceptor.losses.span_consistency import span_consistency
 from preceptor.methods.semantic_revision.correction import Corrected, Correction, correct
 from preceptor.methods.semantic_revision.phrases import Name, chunker, pairs
 from preceptor.models.identity import same_tokenizer, template_hash, tokenizer_hash
-from preceptor.models.language_model import LanguageModel, in_evaluation
+from preceptor.models.language_model import LanguageModel
 from preceptor.models.loading import load
 from preceptor.models.student import make_student
 from preceptor.report.table import Table
@@ -260,7 +261,7 @@ def teach(run: Run, reader: Reader, said: Teacher | None, lessons: Lessons, conf
                 run.update(guide.sum, guide.count, guide.parts, module="f_sub")
         run.log(**_told(seen))
         if run.evaluate_due:
-            held_out = held_out_loss(run, said, lessons.exam, reader, config)
+            held_out = loss_of_exam(run, said, lessons.exam, reader, config)
             own.see(held_out)
             run.log(held_out_loss=held_out, own_share=own.share)
     run.finish()
@@ -304,20 +305,19 @@ def _scales(run: Run, lessons: list[Lesson]) -> Scales:
     return Scales(every / given if given else 0.0, every / pairs if pairs else 0.0)
 
 
-@torch.no_grad()
-def held_out_loss(run: Run, said: Teacher | None, exam: list[Sequence], reader: Reader, config: Config) -> float:
+def loss_of_exam(run: Run, said: Teacher | None, exam: list[Sequence], reader: Reader, config: Config) -> float:
     """The objective's mean over the tokens (and pairs) of the held-out text, with the whole KL in DAC-KL's place."""
-    total = count = 0.0
     lessons = [reader.lesson(sequence, given=True) for sequence in exam]
     scales = _scales(run, lessons)
-    with in_evaluation(run.student):
-        for start in range(0, len(exam), config.training.batch_size):
-            batch = reader.collate(lessons[start : start + config.training.batch_size]).to(run.device)
-            knowledge = said(batch.text) if said else None
-            loss, _ = run.student(batch.text, terms(config, knowledge, batch, _quantiles_of(run), scales))
-            tail = loss.parts["kl"] - loss.parts["divergence"] if "kl" in loss.parts else 0.0
-            total, count = total + float(loss.sum + config.weights.divergence * tail), count + float(loss.count)
-    return total / count
+
+    def losses(examples: Listed[Lesson]) -> Iterable[tuple[str, Loss]]:
+        batch = reader.collate(examples).to(run.device)
+        knowledge = said(batch.text) if said else None
+        loss, _ = run.student(batch.text, terms(config, knowledge, batch, _quantiles_of(run), scales))
+        tail = loss.parts["kl"] - loss.parts["divergence"] if "kl" in loss.parts else 0.0
+        yield "loss", loss._replace(sum=loss.sum + config.weights.divergence * tail)
+
+    return held_out_means(run.student, lessons, losses, batch_size=config.training.batch_size)["loss"]
 
 
 def main(config: Config) -> Table | None:

@@ -41,14 +41,16 @@ from collections.abc import Sequence as Listed
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
+from torch import nn
 
 from preceptor.cache import Plan, Wanted, capture
 from preceptor.cache.header import Header
 from preceptor.catalogue import repeat
 from preceptor.data.sequences import Sequence, collate
+from preceptor.distillation.held_out import held_out_loss
 from preceptor.distillation.objective import Objective
 from preceptor.distillation.teachers import CachedTeacher, Teacher, answer_online
 from preceptor.engine.run import Run
@@ -64,7 +66,7 @@ from preceptor.methods.soft_bootstrapping.rollouts import Rollout, Tried, judged
 from preceptor.methods.soft_bootstrapping.sampling import write
 from preceptor.methods.soft_bootstrapping.selection import Rolling, collect, enough, statistics_table, write_statistics
 from preceptor.models.identity import same_tokenizer, template_hash, tokenizer_hash
-from preceptor.models.language_model import LanguageModel, in_evaluation
+from preceptor.models.language_model import LanguageModel
 from preceptor.models.loading import load
 from preceptor.models.sampling import Sampling
 from preceptor.models.student import make_student
@@ -171,20 +173,13 @@ def teach(
             loss = run.student(batch, config.objective.against(knowledge, batch))
             run.update(loss.sum, loss.count, loss.parts)
         if run.evaluate_due:
-            run.log(held_out_loss=held_out_loss(run.student, said, held, config))
+            run.log(held_out_loss=loss_of_held(run.student, said, held, config))
     run.finish()
 
 
-@torch.no_grad()
-def held_out_loss(student: Any, said: Teacher | None, held: list[Sequence], config: Config) -> float:
+def loss_of_held(student: nn.Module, teacher: Teacher | None, held: list[Sequence], config: Config) -> float:
     """The objective's mean over the tokens of replies that were held out."""
-    device, total, count = next(student.parameters()).device, 0.0, 0.0
-    with in_evaluation(student):
-        for start in range(0, len(held), config.training.batch_size):
-            batch = collate(held[start : start + config.training.batch_size], pad_id=0).to(device)
-            loss = student(batch, config.objective.against(said(batch) if said else None, batch))
-            total, count = total + float(loss.sum), count + float(loss.count)
-    return total / count
+    return held_out_loss(student, teacher, held, config.objective, batch_size=config.training.batch_size, pad_id=0)
 
 
 def main(config: Config) -> Table | None:
@@ -229,9 +224,9 @@ def bootstrap(config: Config, items: Listed[Item], exam: Listed[Item], verify: V
     said = listen(config, run, teacher, student, [*train, *held]) if config.objective.weight else None
     replies = [one.student for one in held]
     with run.accelerator.autocast():  # made anew, so that a run that goes on tells the same
-        before = held_out_loss(unlearned(config).to(run.device), said, replies, config)
+        before = loss_of_held(unlearned(config).to(run.device), said, replies, config)
     teach(run, said, [one.student for one in train], replies, config, pad_id=student.pad_id)
-    after = held_out_loss(run.student, said, replies, config)
+    after = loss_of_held(run.student, said, replies, config)
     return examine(config, student, tried, exam, verify, losses=(before, after)) if run.is_main else None
 
 

@@ -25,9 +25,9 @@ from preceptor.methods.soft_bootstrapping.questions import Questions, draw
 from preceptor.methods.soft_bootstrapping.recipe import (
     Config,
     gather,
-    held_out_loss,
     lessons,
     listen,
+    loss_of_held,
     solve,
     start,
     teach,
@@ -236,7 +236,7 @@ def _rolled(config: Config, teacher: LanguageModel, tried: list[Tried], held: li
     student = unlearned(config)
     few, same = held[:2], [Views(one.name, one.student, one.student) for one in held[:2]]
     replies = [one.student for one in few]
-    losses = [held_out_loss(student, Hinted(AdapterOff(student), shown, 0), replies, config) for shown in (same, few)]
+    losses = [loss_of_held(student, Hinted(AdapterOff(student), shown, 0), replies, config) for shown in (same, few)]
     return {
         "kept": len(kept),
         "sound": sum(sound),
@@ -278,7 +278,7 @@ def _arm(
     elif arm == SOFT:
         _teach(run, said, replies, soft, student)
     with torch.autocast("cpu", torch.bfloat16, enabled=config.training.precision == "bf16"):
-        loss = held_out_loss(student, said, [one.student for one in held], config)
+        loss = loss_of_held(student, said, [one.student for one in held], config)
     moved = max(float(value.abs().max()) for name, value in student.named_parameters() if "lora_B" in name)
     answers = solve(to_write(student, config.dtype), exam, config, by_value)
     return {

@@ -217,7 +217,7 @@ WATCHED = replace(TRAINING, steps=30, evaluate_every=2)
 def test_a_watched_run_says_where_it_left_its_power_law(tmp_path, tokenizer, monkeypatch):
     """The held-out loss is replaced by a power law that is left from step 20 on."""
     losses = (step**-0.5 * (2 if step >= 20 else 1 + step % 4 / 1000) for step in range(2, 31, 2))
-    monkeypatch.setattr("preceptor.methods.gkd.recipe.held_out_loss", lambda *_: next(losses))
+    monkeypatch.setattr("preceptor.methods.gkd.recipe.held_out_loss", lambda *_, **__: next(losses))
     config = Config(training=WATCHED, watch_hacking=True, output=str(tmp_path / "run"))
     watcher, _ = watched(tmp_path, tokenizer, config)
     assert watcher.verdict.flagged == 20
@@ -226,7 +226,7 @@ def test_a_watched_run_says_where_it_left_its_power_law(tmp_path, tokenizer, mon
 
 def test_an_unwatched_run_marks_nothing(tmp_path, tokenizer, monkeypatch):
     losses = (step**-0.5 * (2 if step >= 20 else 1 + step % 4 / 1000) for step in range(2, 31, 2))
-    monkeypatch.setattr("preceptor.methods.gkd.recipe.held_out_loss", lambda *_: next(losses))
+    monkeypatch.setattr("preceptor.methods.gkd.recipe.held_out_loss", lambda *_, **__: next(losses))
     watcher, _ = watched(tmp_path, tokenizer, Config(training=WATCHED, output=str(tmp_path / "run")))
     assert watcher.verdict.flagged == 20
     assert not marked(tmp_path)

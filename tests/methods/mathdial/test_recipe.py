@@ -28,8 +28,8 @@ from preceptor.methods.mathdial.recipe import (
     Config,
     Reading,
     encode_pair,
-    held_out_loss,
     lessons,
+    loss_by_problems,
     make_pairs,
     read_data,
     split,
@@ -180,7 +180,7 @@ def test_only_the_turn_to_be_learned_counts_and_its_loss_is_the_formula(model: L
         start = len(tokens.ids) - len(learned)
         sums += float(cross_entropy(logits[start - 1 :], torch.tensor(learned), reduction="sum"))
         count += len(learned)
-    found = held_out_loss(model, [(pair.tokens, place == 0) for place, pair in enumerate(pairs)])
+    found = loss_by_problems(model, [(pair.tokens, place == 0) for place, pair in enumerate(pairs)])
     assert found["all"] == pytest.approx(sums / count, rel=1e-4)
     assert set(found) == {"all", "seen", "unseen"}
 

@@ -26,7 +26,7 @@ from preceptor.methods.semantic_revision.recipe import (
     Config,
     Scales,
     Weights,
-    held_out_loss,
+    loss_of_exam,
     main,
     paper,
     start,
@@ -273,19 +273,19 @@ def test_the_held_out_loss_has_the_whole_divergence(tmp_path, tokenizer, weights
     config = Config(weights=weights_of, own=OwnSamples(), training=SHORT, output=str(tmp_path / "run"), text=TEXT)
     student, said, exam = small(tokenizer, 1), FrozenTeacher(small(tokenizer, 2)), sequences(tokenizer, 4)
     run, reader = start(config, student, small(tokenizer, 2)), Reader(student, plain_phrases)
-    first = held_out_loss(run, said, exam, reader, config)
+    first = loss_of_exam(run, said, exam, reader, config)
     with torch.no_grad():
         for parameter in run.modules["f_sub"].parameters():
             parameter.fill_(0.3)
-    assert held_out_loss(run, said, exam, reader, config) == pytest.approx(first, abs=1e-5)
-    plain = held_out_loss(run, said, exam, reader, replace(config, clipping=OFF))
+    assert loss_of_exam(run, said, exam, reader, config) == pytest.approx(first, abs=1e-5)
+    plain = loss_of_exam(run, said, exam, reader, replace(config, clipping=OFF))
     assert first == pytest.approx(plain, abs=1e-4)
     labels = replace(config, weights=Weights(1.0, 0.0, 0.0))
     batch = collate(exam, student.pad_id)
     with torch.no_grad():
         logits = student.causal(batch.input_ids).logits[batch.predicts]
     expected = float(torch.nn.functional.cross_entropy(logits, batch.labels[batch.predicts]))
-    assert held_out_loss(run, None, exam, reader, labels) == pytest.approx(expected, rel=1e-5)
+    assert loss_of_exam(run, None, exam, reader, labels) == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_f_sub_has_moved(tmp_path, tokenizer):
