@@ -41,7 +41,7 @@ _FITTED_ON = 64  # sequences
 
 
 @dataclass(frozen=True)
-class Format:
+class CompressionFormat:
     """DistillKit's compression settings, under its own names."""
 
     d: int
@@ -56,18 +56,18 @@ class Format:
     normalize_t: bool = False
 
     @staticmethod
-    def read(path: Path) -> Format:
+    def read(path: Path) -> CompressionFormat:
         """The settings in ``compression_config.yaml``.
 
         Raises:
-            UserError: the file is missing or says something that this format does not know.
+            UserError: the file is missing, or has settings that this format does not know.
         """
         import yaml  # type: ignore[import-untyped]
 
         try:
-            told = yaml.safe_load(path.read_text(encoding="utf-8"))
-            lists = {name: tuple(told.get(name) or ()) for name in ("polynomial_terms", "residual_bins")}
-            return Format(**{**told, **lists})
+            found = yaml.safe_load(path.read_text(encoding="utf-8"))
+            lists = {name: tuple(found.get(name) or ()) for name in ("polynomial_terms", "residual_bins")}
+            return CompressionFormat(**{**found, **lists})
         except (OSError, AttributeError, TypeError, yaml.YAMLError) as error:
             raise UserError(
                 f"{path} is not readable as DistillKit's compression settings ({error}): give the "
@@ -115,17 +115,17 @@ def import_distillkit(
 ) -> Cache:
     """Convert a folder of DistillKit's Parquet files to a top-k cache.
 
-    What is lost on the way is the rounding of levels; ``summary()["kl"]`` tells it, KL(imported ‖ decoded) with the
+    The only loss is the rounding of log-probabilities; ``summary()["kl"]`` is its size, KL(imported ‖ decoded) with the
     tail as one more token.
 
     Args:
         captured: folder with ``*.parquet`` and ``compression_config.yaml``.
         folder: of the new cache.
         tokenizer: the teacher's.
-        teacher: its name, for the header; the files do not tell it.
+        teacher: its name, for the header; the files do not hold it.
         max_length: to which the sequences of a training will be cut.
-        sequences: those to be found in the cache, with their response masks: a capture may go on after one (a padding
-            token). By default every captured row is one, of which all tokens but the first are a response.
+        sequences: those to convert, with their response masks; a captured row may have one more token (padding). By
+            default every captured row is a sequence, of which all tokens but the first are the response.
 
     Raises:
         UserError: files are missing or of another format, or none of the sequences was captured.
@@ -133,7 +133,7 @@ def import_distillkit(
     source, target = Path(captured), Path(folder)
     if (target / "header.json").exists():
         raise UserError(f"{target} holds a cache already: choose another folder.")
-    form = Format.read(source / "compression_config.yaml")
+    form = CompressionFormat.read(source / "compression_config.yaml")
     wanted = None if sequences is None else {sequence.ids: sequence for sequence in sequences}
     vocabulary = 1 + max(tokenizer.get_vocab().values())
     codec: TopKCodec | None = None
@@ -151,7 +151,7 @@ def import_distillkit(
 
 
 def _matching(
-    source: Path, form: Format, wanted: dict[tuple[int, ...], Sequence] | None, max_length: int
+    source: Path, form: CompressionFormat, wanted: dict[tuple[int, ...], Sequence] | None, max_length: int
 ) -> Iterator[tuple[Sequence, TopKTargets]]:
     done: set[bytes] = set()
     for ids, log_probs, indices in _captured(source):
@@ -203,8 +203,8 @@ def _as_rows(targets: TopKTargets, vocabulary: int) -> SparseRows:
 
 
 def _write(
-    target: Path, codec: TopKCodec | None, waiting: list[tuple[Sequence, SparseRows, TopKTargets]], form: Format,
-    tokenizer: Any, teacher: str, max_length: int,
+    target: Path, codec: TopKCodec | None, waiting: list[tuple[Sequence, SparseRows, TopKTargets]],
+    form: CompressionFormat, tokenizer: Any, teacher: str, max_length: int,
 ) -> TopKCodec:  # fmt: skip
     vocabulary = 1 + max(tokenizer.get_vocab().values())
     if codec is None:

@@ -1,10 +1,12 @@
-"""Capture what a teacher says about a text once, for any number of students and epochs.
+"""Capture a teacher's soft targets for a text once, for any number of students and epochs.
 
 A cache holds a teacher's soft targets on disk, found by the content of token sequences, so that shuffling, appending
 and several epochs need no bookkeeping. Three kinds: the last hidden states, quantised where the output head looks, with
 the head kept once (the nearest by far for teachers of moderate width); the likeliest tokens with the mass of the
 others; and unbiased samples. With the kind ``auto`` a sample of each is measured at the byte budget, and the nearest is
 taken.
+
+A capture that was made with DistillKit is converted by ``--distillkit FOLDER``, without the teacher's weights.
 """
 
 from __future__ import annotations
@@ -14,21 +16,25 @@ from typing import Literal
 
 from preceptor.cache.capture import Plan, capture
 from preceptor.cache.choice import Wanted
+from preceptor.cache.distillkit import import_distillkit
+from preceptor.cache.reading import Cache
 from preceptor.data.encoding import encode
 from preceptor.data.readers import read
 from preceptor.distillation.lessons import recorded
 from preceptor.errors import UserError
-from preceptor.models.loading import load
+from preceptor.models.loading import load, load_tokenizer
 
 
 @dataclass(frozen=True)
 class Config:
     """What to capture, and how compactly."""
 
-    data: str
-    """A file (JSON lines, JSON, Parquet), a folder, a data set on the hub, with responses; or a run's lessons.jsonl."""
     output: str
     """Folder of the cache; one that was interrupted, or that gets new data, is continued."""
+    data: str = ""
+    """A file (JSON lines, JSON, Parquet), a folder, a data set on the hub, with responses; or a run's lessons.jsonl."""
+    distillkit: str = ""
+    """Folder of a capture made with DistillKit, to convert to top_k; with ``data``, only the sequences of that text."""
     teacher: str = "smollm2"
     """A model's name, folder or GGUF file."""
     kind: Literal["auto", "top_k", "sampled", "hidden"] = "auto"
@@ -67,17 +73,40 @@ def main(config: Config) -> int:
     """
     if config.batch_tokens < 1 or config.sample < 64:
         raise UserError("batch_tokens must be at least 1 and sample at least 64 tokens.")
+    if not config.data and not config.distillkit:
+        raise UserError("There is nothing to capture: give a text with --data, or a capture of DistillKit's.")
+    summary = (_convert(config) if config.distillkit else _capture(config)).summary()
+    print(
+        f"{config.output}: {summary['kind']}, {summary['sequences']} sequences, {summary['tokens']} response tokens, "
+        f"{summary['bytes_per_token']:.1f} bytes a token with the index, KL(teacher ‖ decoded) {summary['kl']:.2g} "
+        f"nat, mass {summary['mass']:.4f}."
+    )
+    return 0
+
+
+def _capture(config: Config) -> Cache:
     wanted = Wanted(config.budget, config.k, config.mass, config.floor, config.draws, config.tolerance)
     sequences = recorded(config.data)
     examples = [] if sequences else read(config.data, split=config.split, limit=config.limit)
     teacher = load(config.teacher, dtype=config.dtype)
     sequences = sequences or encode(examples, teacher.tokenizer, max_length=config.max_length)
     plan = Plan(wanted, config.kind, config.batch_tokens, config.sample)
-    cache = capture(teacher, sequences, config.output, name=config.teacher, max_length=config.max_length, plan=plan)
-    told = cache.summary()
-    print(
-        f"{config.output}: {told['kind']}, {told['sequences']} sequences, {told['tokens']} response tokens, "
-        f"{told['bytes_per_token']:.1f} bytes a token with the index, KL(teacher ‖ decoded) {told['kl']:.2g} nat, "
-        f"mass {told['mass']:.4f}."
+    return capture(teacher, sequences, config.output, name=config.teacher, max_length=config.max_length, plan=plan)
+
+
+def _convert(config: Config) -> Cache:
+    if config.kind not in ("auto", "top_k"):
+        raise UserError(f"A capture of DistillKit's holds the likeliest tokens: give --kind top_k, not {config.kind}.")
+    tokenizer = load_tokenizer(config.teacher)
+    sequences = recorded(config.data) if config.data else None
+    if config.data and not sequences:
+        examples = read(config.data, split=config.split, limit=config.limit)
+        sequences = encode(examples, tokenizer, max_length=config.max_length)
+    return import_distillkit(
+        config.distillkit,
+        config.output,
+        tokenizer=tokenizer,
+        teacher=config.teacher,
+        max_length=config.max_length,
+        sequences=sequences,
     )
-    return 0

@@ -40,6 +40,20 @@ def load(name: str, *, dtype: str = "float32") -> LanguageModel:
     return loaded
 
 
+def load_tokenizer(name: str) -> Any:
+    """A language model's tokenizer by the model's name, as `load` takes it; no weights are read where files allow it.
+
+    Raises:
+        UserError: no such model, or a missing package.
+    """
+    if name == embedded.LANGUAGE_MODEL[0] or name.endswith(".gguf"):
+        return load(name).tokenizer
+    try:
+        return AutoTokenizer.from_pretrained(name, local_files_only=Path(name).is_dir())
+    except (OSError, ValueError, KeyError) as error:
+        raise _not_loaded(f'The tokenizer of "{name}"', error) from error
+
+
 def load_encoder(name: str) -> tuple[PreTrainedModel, Any]:
     """An encoder and its tokenizer: ``minilm-l6`` (embedded, no network), a folder with safetensors, or a hub name.
 
@@ -65,12 +79,16 @@ def _from_pretrained(kind: Any, name: str, dtype: torch.dtype) -> tuple[PreTrain
             model = kind.from_pretrained(name, dtype=dtype, local_files_only=local, use_safetensors=True)
             tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
     except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        raise UserError(
-            f'The model "{name}" cannot be loaded ({reason}): give a folder with safetensors and a tokenizer, a .gguf '
-            f'file, a name on the hub, or an embedded one ("{embedded.LANGUAGE_MODEL[0]}", "{embedded.ENCODER[0]}").'
-        ) from error
+        raise _not_loaded(f'The model "{name}"', error) from error
     return model, tokenizer
+
+
+def _not_loaded(what: str, error: Exception) -> UserError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return UserError(
+        f"{what} cannot be loaded ({reason}): give a folder with safetensors and a tokenizer, a .gguf file, a name on "
+        f'the hub, or an embedded one ("{embedded.LANGUAGE_MODEL[0]}", "{embedded.ENCODER[0]}").'
+    )
 
 
 def _check_folder(path: Path) -> None:

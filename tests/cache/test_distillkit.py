@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from preceptor.cache import Cache
+from preceptor.commands.cache import Config, main
+from preceptor.data.encoding import encode
+from preceptor.data.readers import read
 from preceptor.data.sequences import Sequence, collate
 from preceptor.errors import UserError
 from preceptor.models.language_model import LanguageModel
@@ -68,20 +73,21 @@ FORMS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_distillkit_captures_are_imported(
-    form: dict[str, object], teacher: LanguageModel, sequences: list[Sequence], tmp_path: Path
-) -> None:
+Rows = dict[str, list[list[list[int]]]]
+
+
+def write_capture(
+    form: dict[str, object], teacher: LanguageModel, sequences: list[Sequence], folder: Path
+) -> tuple[Rows, dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]]]:
+    """A capture as DistillKit writes it; returns its rows, and the log-probabilities and ids that went into them."""
     import pyarrow as pa
     import yaml
     from pyarrow import parquet
 
-    from preceptor.cache.distillkit import Format, import_distillkit
-
     full = {"d": VOCABULARY, "term_dtype": "float32", "error_diffusion": False, "normalize_t": False, **form}
-    rows: dict[str, list[object]] = {"input_ids": [], "compressed_logprobs": [], "bytepacked_indices": []}
+    rows: Rows = {"input_ids": [], "compressed_logprobs": [], "bytepacked_indices": []}
     truth = {}
-    for one in sequences[:20]:
+    for one in sequences:
         with torch.no_grad():
             hidden = teacher(collate([Sequence((*one.ids, 1), (*one.response, False))], 1))[0]
         values, ids = (hidden @ teacher.head.weight.detach().T).log_softmax(-1).topk(int(form["k"]))
@@ -94,10 +100,20 @@ def test_distillkit_captures_are_imported(
     schema = pa.schema(
         [("input_ids", pa.list_(pa.uint64())), ("compressed_logprobs", kind), ("bytepacked_indices", kind)]
     )
+    folder.mkdir()
+    parquet.write_table(pa.table(rows, schema=schema), folder / "data_0.parquet")
+    (folder / "compression_config.yaml").write_text(yaml.safe_dump(full), encoding="utf-8")
+    return rows, truth
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_distillkit_captures_are_imported(
+    form: dict[str, object], teacher: LanguageModel, sequences: list[Sequence], tmp_path: Path
+) -> None:
+    from preceptor.cache.distillkit import CompressionFormat, import_distillkit
+
     source = tmp_path / "captured"
-    source.mkdir()
-    parquet.write_table(pa.table(rows, schema=schema), source / "data_0.parquet")
-    (source / "compression_config.yaml").write_text(yaml.safe_dump(full), encoding="utf-8")
+    rows, truth = write_capture(form, teacher, sequences[:20], source)
     cache = import_distillkit(
         source, tmp_path / "c", tokenizer=teacher.tokenizer, teacher="tiny", max_length=64, sequences=sequences
     )
@@ -113,7 +129,7 @@ def test_distillkit_captures_are_imported(
         found = torch.zeros(len(ids), VOCABULARY).scatter(1, targets.ids, targets.log_probs.exp())
         wanted = torch.zeros(len(ids), VOCABULARY).scatter(1, ids, values.exp())
         assert (found - wanted).abs().max() < (0.03 if exactly else 0.2)
-    form_read = Format.read(source / "compression_config.yaml")
+    form_read = CompressionFormat.read(source / "compression_config.yaml")
     decoded = form_read.targets(
         torch.tensor(rows["compressed_logprobs"][0], dtype=torch.uint8),
         torch.tensor(rows["bytepacked_indices"][0], dtype=torch.uint8),
@@ -131,3 +147,31 @@ def test_distillkit_captures_are_imported(
     (source / "compression_config.yaml").unlink()
     with pytest.raises(UserError, match="compression_config.yaml"):
         import_distillkit(source, tmp_path / "c", tokenizer=teacher.tokenizer, teacher="tiny", max_length=64)
+
+
+def test_the_command_converts_a_capture_without_the_teachers_weights(
+    teacher: LanguageModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, text = tmp_path / "teacher", tmp_path / "text.jsonl"
+    teacher.tokenizer.save_pretrained(folder)
+    lines = [{"text": " ".join(f"w{word}" for word in one.ids)} for one in make_sequences(12)]
+    text.write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")
+    sequences = encode(read(str(text)), teacher.tokenizer, max_length=48)
+    _, truth = write_capture(FORMS[0], teacher, sequences, tmp_path / "captured")
+    whole = {"distillkit": str(tmp_path / "captured"), "teacher": str(folder), "max_length": 48}
+    assert main(Config(output=str(tmp_path / "c"), data=str(text), **whole)) == 0
+    assert "top_k, 12 sequences" in capsys.readouterr().out
+    cache = Cache.open(tmp_path / "c")
+    cache.header.check_tokenizer(teacher.tokenizer)
+    targets = cache.targets(sequences[:1])
+    assert torch.equal(targets.ids.sort(-1).values, truth[sequences[0].ids][1][: len(targets.ids)].sort(-1).values)
+    assert main(Config(output=str(tmp_path / "every"), **whole)) == 0
+    assert "12 sequences" in capsys.readouterr().out
+    with pytest.raises(UserError, match="holds a cache already"):
+        main(Config(output=str(tmp_path / "c"), **whole))
+    with pytest.raises(UserError, match="give --kind top_k, not hidden"):
+        main(Config(output=str(tmp_path / "d"), kind="hidden", **whole))
+    with pytest.raises(UserError, match="nothing to capture"):
+        main(Config(output=str(tmp_path / "d")))
+    with pytest.raises(UserError, match='tokenizer of "absent" cannot be loaded'):
+        main(Config(output=str(tmp_path / "d"), **{**whole, "teacher": "absent"}))
