@@ -20,7 +20,7 @@ from pathlib import Path
 
 from preceptor.cache import Cache, Plan, Wanted, capture
 from preceptor.distillation.lessons import Lessons, Text, prepare
-from preceptor.distillation.teachers import CachedTeacher, Recital, Teacher
+from preceptor.distillation.teachers import CachedTeacher, MemoisedTeacher, Teacher
 from preceptor.engine.run import Run
 from preceptor.evaluation.language import ask, evaluate_language
 from preceptor.files import write_whole
@@ -69,7 +69,7 @@ def _teachers(
     exact: LanguageModel, lessons: Lessons, folder: Path, max_length: int
 ) -> tuple[dict[str, Teacher], dict[str, float | None]]:
     """The teacher itself, and caches of what it said."""
-    teachers: dict[str, Teacher] = {"online": Recital(exact, lessons.train)}
+    teachers: dict[str, Teacher] = {"online": MemoisedTeacher(exact, lessons.train)}
     sizes: dict[str, float | None] = {"online": None}
     for budget in BUDGETS:
         plan = Plan(Wanted(budget=budget, k=2048))

@@ -42,7 +42,7 @@ class OwnSamples:
             raise UserError("own.adaptive sets the share by itself; set own.share to 0.")
 
 
-class OwnShare:
+class OnPolicyMixer:
     """Decides for each example of a step whether the student answers it, and keeps DistiLLM's state.
 
     With a constant share λ: yes with probability λ. Adaptive, with threshold φ at progress t/N: draw r ~ U(0, 1); if

@@ -102,7 +102,7 @@ class CachedTeacher:
         return moved(targets, batch.input_ids.device)
 
 
-class Recital:
+class MemoisedTeacher:
     """A teacher that remembers what it said of sequences that come again, and asks anew for the others.
 
     What it says by now is held as packed rows: ``limit`` bytes of them, after which nothing more is remembered.

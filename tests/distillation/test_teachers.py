@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 from preceptor.data.sequences import collate, sequence_key
 from preceptor.distillation import teachers as teachers
 from preceptor.distillation.momentum import MomentumTeacher
-from preceptor.distillation.teachers import AdapterOff, CachedTeacher, Ensemble, FrozenTeacher, Recital
+from preceptor.distillation.teachers import AdapterOff, CachedTeacher, Ensemble, FrozenTeacher, MemoisedTeacher
 from preceptor.errors import UserError
 from preceptor.knowledge import HiddenTargets, LogitTargets, SampledTargets, TopKTargets
 from preceptor.methods.teacher_hacking.authors import answered, symbol_model
@@ -187,7 +187,7 @@ def test_a_momentum_teacher_is_taken_up_again_from_its_state():
 
 
 @pytest.mark.parametrize("limit", [1 << 20, 300, 0])
-def test_a_recital_says_what_the_teacher_says(limit):
+def test_a_memoised_teacher_says_what_the_teacher_says(limit):
     model = symbol_model(8, longest=8, seed=0)
     asked = []
 
@@ -197,20 +197,20 @@ def test_a_recital_says_what_the_teacher_says(limit):
         return HiddenTargets(hidden, replace(model.head, weight=model.head.weight.detach()))
 
     again = [answered((1, 2), (3, place)) for place in range(6)]
-    recital, other = Recital(teacher, again, limit=limit), answered((7, 7), (7, 7))
+    memoised, other = MemoisedTeacher(teacher, again, limit=limit), answered((7, 7), (7, 7))
     for _ in range(3):
         batch = collate([*again[:3], other], 0)
-        assert torch.allclose(recital(batch).hidden, model(batch)[batch.predicts], atol=1e-6)
+        assert torch.allclose(memoised(batch).hidden, model(batch)[batch.predicts], atol=1e-6)
         batch = collate(again[2:5], 0)
-        assert torch.allclose(recital(batch).hidden, model(batch)[batch.predicts], atol=1e-6)
+        assert torch.allclose(memoised(batch).hidden, model(batch)[batch.predicts], atol=1e-6)
     assert asked == ([4, 3, 4, 4] if limit == 1 << 20 else [4, 3] * 3)
 
 
-def test_a_recital_of_exact_probabilities():
+def test_a_memoised_teacher_of_exact_probabilities():
     rows = torch.randn(4, 5)
     again = [answered((1,), (2, 3)), answered((2,), (2, 3))]
-    recital = Recital(lambda batch: LogitTargets(rows), again)
+    memoised = MemoisedTeacher(lambda batch: LogitTargets(rows), again)
     batch = collate(again, 0)
-    assert torch.equal(recital(batch).logits, rows)
+    assert torch.equal(memoised(batch).logits, rows)
     swapped = collate(again[::-1], 0)
-    assert torch.equal(recital(swapped).logits, rows[[2, 3, 0, 1]])
+    assert torch.equal(memoised(swapped).logits, rows[[2, 3, 0, 1]])

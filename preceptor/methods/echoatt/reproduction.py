@@ -74,7 +74,7 @@ class Kept:
     inner: dict[int, torch.Tensor]
 
 
-class Recital:
+class MemoisedLayers:
     """The teacher, asked once about each piece of text; it repeats from memory for any choice of layers."""
 
     def __init__(self, teacher: LanguageModel, pieces: list[Sequence], layers: tuple[int, ...]) -> None:
@@ -86,24 +86,24 @@ class Recital:
             self.kept[piece] = Kept(said.soft.hidden[0], said.likeliest[0], inner)
         self.head = teacher.head
 
-    def of(self, layers: tuple[int, ...]) -> RecitalOf:
+    def of(self, layers: tuple[int, ...]) -> ChosenLayers:
         """The same memory, asked for the outputs of these layers."""
-        return RecitalOf(self, layers)
+        return ChosenLayers(self, layers)
 
 
-class RecitalOf:
+class ChosenLayers:
     """A teacher's memory, asked for the outputs of some layers."""
 
-    def __init__(self, recital: Recital, layers: tuple[int, ...]) -> None:
-        self.recital, self.layers = recital, layers
+    def __init__(self, memory: MemoisedLayers, layers: tuple[int, ...]) -> None:
+        self.memory, self.layers = memory, layers
 
     def __call__(self, batch: Batch) -> Said:
         """What the teacher said of a batch."""
-        kept = [self.recital.kept[sequence] for sequence in batch.sequences()]
+        kept = [self.memory.kept[sequence] for sequence in batch.sequences()]
         hidden = pad_sequence([one.hidden for one in kept], batch_first=True)
         inner = [pad_sequence([one.inner[layer] for one in kept], batch_first=True) for layer in self.layers]
         likeliest = pad_sequence([one.likeliest for one in kept], batch_first=True, padding_value=-100)
-        return Said(HiddenTargets(hidden, self.recital.head), likeliest, inner)
+        return Said(HiddenTargets(hidden, self.memory.head), likeliest, inner)
 
 
 def reproduce(seeds: int, folder: Path, full: bool) -> Table:
@@ -221,13 +221,13 @@ def _taught(
     path, answers = Path(config.output), ask(exact, exam)
     train = _lessons(teacher, config).train
     targets = {name: tuple(end + arm.off for end in block_ends(chosen[arm.followers])) for name, arm in arms.items()}
-    recital = Recital(teacher, [*train, *exam], tuple(sorted(set().union(*targets.values()))))
+    memory = MemoisedLayers(teacher, [*train, *exam], tuple(sorted(set().union(*targets.values()))))
     for name, arm in arms.items():
         resume = (path / name / "config.json").exists()
         own = replace(config, continued=arm.continued, output=str(path / name), resume=resume)
         followers = chosen[arm.followers]
         student, ends = sharing(exact, followers), block_ends(followers)
-        teach(start(own, student, ends, exact), recital.of(targets[name]), train, exam, student.pad_id, own)
+        teach(start(own, student, ends, exact), memory.of(targets[name]), train, exam, student.pad_id, own)
         yield name, _measure(student, answers, exam)
         # 1.6 GB an arm, and nothing needs it once the figures are kept.
         shutil.rmtree(path / name / "checkpoints")

@@ -47,9 +47,9 @@ from preceptor.cache.header import Header
 from preceptor.catalogue import repeat
 from preceptor.distillation.held_out import held_out_loss
 from preceptor.distillation.lessons import Lessons, Text, prepare_together
-from preceptor.distillation.marked import Reader
+from preceptor.distillation.marked import Marker
 from preceptor.distillation.objective import LABELS, Objective
-from preceptor.distillation.on_policy import OwnSamples, OwnShare
+from preceptor.distillation.on_policy import OnPolicyMixer, OwnSamples
 from preceptor.distillation.teachers import CachedTeacher, Teacher, answer_online
 from preceptor.engine.run import Run
 from preceptor.engine.run_folder import check_folder
@@ -157,15 +157,13 @@ paper = Config(
 
 def teach(run: Run, student: LanguageModel, said: Teacher | None, lessons: Lessons, config: Config) -> Watcher:
     """The loop. ``said`` answers for each batch; None teaches by labels alone. Returns who watched."""
-    own, watcher = OwnShare(config.own), Watcher(config.training)
+    own, watcher = OnPolicyMixer(config.own), Watcher(config.training)
     run.remember("own", own, apart=True)
     run.remember("watcher", watcher)
-    reader = Reader(student, None)
+    marker = Marker(student)
     for examples in run.steps(lessons.train):
-        given = {id(example) for example in examples}
         mixed = own.mix(student, examples, config.text, progress=run.step / run.total)
-        marked = [reader.lesson(sequence, given=id(sequence) in given) for sequence in mixed]
-        for batch in run.split(marked, reader.collate):
+        for batch in run.split(marker.mark(mixed, given=examples), marker.collate):
             knowledge = said(batch.text) if said else None
             loss = run.student(batch.text, config.objective.against(knowledge, batch.text, batch.labels))
             run.update(loss.sum, loss.count, loss.parts)

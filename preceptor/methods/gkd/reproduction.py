@@ -15,7 +15,7 @@ from preceptor.data.sequences import Batch, Sequence
 from preceptor.distillation.lessons import Text, prepare
 from preceptor.distillation.objective import LABELS
 from preceptor.distillation.on_policy import OwnSamples
-from preceptor.distillation.teachers import FrozenTeacher, Recital, Teacher
+from preceptor.distillation.teachers import FrozenTeacher, MemoisedTeacher, Teacher
 from preceptor.engine.settings import Training
 from preceptor.evaluation.language import Said, ask, evaluate_language, evaluate_own_samples
 from preceptor.files import write_whole
@@ -38,10 +38,10 @@ ARMS = {
 }
 
 
-class Shuffled:
+class ShuffledRows:
     """The control: what a teacher says at one position is handed out at another."""
 
-    def __init__(self, teacher: Recital) -> None:
+    def __init__(self, teacher: MemoisedTeacher) -> None:
         self.teacher = teacher
 
     def __call__(self, batch: Batch) -> HiddenTargets:
@@ -96,7 +96,7 @@ def _one_seed(seed: int, folder: Path, size: int) -> dict[str, dict[str, float]]
     steps, text = 80 * size, Text(limit=320 * size, held_out=96, answer_length=48)
     teacher, exact = load("smollm2", dtype="bfloat16"), load("smollm2")
     lessons = prepare(text, teacher, seed=seed, path=path / "lessons.jsonl")
-    said, answers = Recital(FrozenTeacher(teacher), lessons.train), ask(exact, lessons.exam)
+    said, answers = MemoisedTeacher(FrozenTeacher(teacher), lessons.train), ask(exact, lessons.exam)
     training = Training(
         steps=steps, batch_size=8, learning_rate=1e-3, schedule="linear", warmup=0.1, precision="bf16", seed=seed
     )
@@ -106,7 +106,7 @@ def _one_seed(seed: int, folder: Path, size: int) -> dict[str, dict[str, float]]
     arms: dict[str, tuple[Config, Teacher | None]] = {
         "soft targets": (plain, said),
         "labels": (replace(plain, objective=LABELS), None),
-        "shuffled teacher": (plain, Shuffled(said)),
+        "shuffled teacher": (plain, ShuffledRows(said)),
         "then the given text": (onward, said),
         "then its own samples": (replace(onward, own=OwnSamples(share=1.0)), FrozenTeacher(teacher)),
     }

@@ -12,10 +12,13 @@ import importlib.util
 import re
 import warnings
 from collections.abc import Callable, Sequence as Listed
+from functools import partial
 from typing import Any, Literal
 
 from preceptor.data.sequences import Sequence
+from preceptor.distillation.marked import Marker
 from preceptor.errors import UserError
+from preceptor.models.language_model import LanguageModel
 
 Span = tuple[int, int]
 
@@ -172,6 +175,14 @@ def pairs(sequence: Sequence, tokenizer: Any, chunk: Chunker) -> tuple[int, ...]
         found += [row + first for first in adjacent(token_spans(sequence.ids[start:end], tokenizer, chunk))]
         row, start = row + end - start, end
     return tuple(found)
+
+
+def phrase_marker(
+    student: LanguageModel, chunk: Chunker | None, known: dict[Sequence, tuple[int, ...]] | None = None
+) -> Marker:
+    """Marks the phrases of sequences by a chunker (None: there are none), beside pairs that are known already."""
+    find = None if chunk is None else partial(pairs, tokenizer=student.tokenizer, chunk=chunk)
+    return Marker(student, find, known or {})
 
 
 def _sentences(text: str) -> list[list[re.Match[str]]]:

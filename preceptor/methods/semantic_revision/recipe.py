@@ -48,8 +48,8 @@ from preceptor.catalogue import repeat
 from preceptor.data.sequences import Sequence
 from preceptor.distillation.held_out import held_out_means
 from preceptor.distillation.lessons import Lessons, Text, prepare_together
-from preceptor.distillation.marked import Lesson, Phrased, Reader
-from preceptor.distillation.on_policy import OwnSamples, OwnShare
+from preceptor.distillation.marked import MarkedBatch, MarkedSequence, Marker
+from preceptor.distillation.on_policy import OnPolicyMixer, OwnSamples
 from preceptor.distillation.teachers import Teacher, answer_online
 from preceptor.engine.run import Run
 from preceptor.engine.run_folder import check_folder
@@ -64,7 +64,7 @@ from preceptor.losses.divergences import divergence
 from preceptor.losses.rows import Kind
 from preceptor.losses.span_consistency import span_consistency
 from preceptor.methods.semantic_revision.correction import Corrected, Correction, correct
-from preceptor.methods.semantic_revision.phrases import Name, chunker, pairs
+from preceptor.methods.semantic_revision.phrases import Name, chunker, phrase_marker
 from preceptor.models.identity import same_tokenizer, template_hash, tokenizer_hash
 from preceptor.models.language_model import LanguageModel
 from preceptor.models.loading import load
@@ -186,7 +186,7 @@ class Scales:
 
 
 def terms(
-    config: Config, said: SoftTargets | None, batch: Phrased, f_sub: Quantiles | None, scales: Scales
+    config: Config, said: SoftTargets | None, batch: MarkedBatch, f_sub: Quantiles | None, scales: Scales
 ) -> Callable[[Tensor, Head], tuple[Loss, Classes | None]]:
     """The objective of a batch's hidden states and head, and what f_sub learns from."""
     weights, mask = config.weights, batch.text.predicts
@@ -239,19 +239,18 @@ def _with_span(loss: Loss, span: Loss, share: float) -> Loss:
     return Loss(loss.sum + span.sum, loss.count, parts)
 
 
-def teach(run: Run, reader: Reader, said: Teacher | None, lessons: Lessons, config: Config) -> None:
-    """The loop. ``said`` answers for each batch; None teaches by labels alone. ``reader`` knows the student."""
-    own = OwnShare(config.own)
+def teach(run: Run, marker: Marker, said: Teacher | None, lessons: Lessons, config: Config) -> None:
+    """The loop. ``said`` answers for each batch; None teaches by labels alone. ``marker`` knows the student."""
+    own = OnPolicyMixer(config.own)
     run.remember("own", own, apart=True)
     f_sub, bare = run.modules.get("f_sub"), _quantiles_of(run)
     for examples in run.steps(lessons.train):
         seen: list[Corrected] = []
-        revise = partial(_revise, run, reader, said, config, seen)
-        mixed = own.mix(reader.student, examples, config.text, progress=run.step / run.total, revise=revise)
-        given = {id(example) for example in examples}
-        marked = [reader.lesson(sequence, given=id(sequence) in given) for sequence in mixed]
+        revise = partial(_revise, run, marker, said, config, seen)
+        mixed = own.mix(marker.student, examples, config.text, progress=run.step / run.total, revise=revise)
+        marked = marker.mark(mixed, given=examples)
         scales = _scales(run, marked)
-        for batch in run.split(marked, reader.collate):
+        for batch in run.split(marked, marker.collate):
             knowledge = said(batch.text) if said else None
             loss, classes = run.student(batch.text, terms(config, knowledge, batch, bare, scales))
             run.update(loss.sum, loss.count, loss.parts)
@@ -261,21 +260,21 @@ def teach(run: Run, reader: Reader, said: Teacher | None, lessons: Lessons, conf
                 run.update(guide.sum, guide.count, guide.parts, module="f_sub")
         run.log(**_told(seen))
         if run.evaluate_due:
-            held_out = loss_of_exam(run, said, lessons.exam, reader, config)
+            held_out = loss_of_exam(run, said, lessons.exam, marker, config)
             own.see(held_out)
             run.log(held_out_loss=held_out, own_share=own.share)
     run.finish()
 
 
 def _revise(
-    run: Run, reader: Reader, said: Teacher | None, config: Config, seen: list[Corrected], written: list[Sequence]
+    run: Run, marker: Marker, said: Teacher | None, config: Config, seen: list[Corrected], written: list[Sequence]
 ) -> list[Sequence]:
     """What the student wrote, corrected; what was found is put into ``seen``."""
     if said is None or not config.correction.rounds:
         return written
     text = config.text
     done = correct(
-        reader.student,
+        marker.student,
         said,
         written,
         config.correction,
@@ -296,7 +295,7 @@ def _told(seen: list[Corrected]) -> dict[str, float]:
     return {"corrections": corrected, "no_candidate": sum(d.without for d in seen) / sum(d.tried for d in seen)}
 
 
-def _scales(run: Run, lessons: list[Lesson]) -> Scales:
+def _scales(run: Run, lessons: list[MarkedSequence]) -> Scales:
     """The scales of one step's lessons, of which this process has a share."""
     tokens = [sum(lesson.sequence.response[1:]) for lesson in lessons]
     given = sum(count for count, lesson in zip(tokens, lessons) if lesson.given)
@@ -305,13 +304,13 @@ def _scales(run: Run, lessons: list[Lesson]) -> Scales:
     return Scales(every / given if given else 0.0, every / pairs if pairs else 0.0)
 
 
-def loss_of_exam(run: Run, said: Teacher | None, exam: list[Sequence], reader: Reader, config: Config) -> float:
+def loss_of_exam(run: Run, said: Teacher | None, exam: list[Sequence], marker: Marker, config: Config) -> float:
     """The objective's mean over the tokens (and pairs) of the held-out text, with the whole KL in DAC-KL's place."""
-    lessons = [reader.lesson(sequence, given=True) for sequence in exam]
+    lessons = marker.mark(exam, given=exam)
     scales = _scales(run, lessons)
 
-    def losses(examples: Listed[Lesson]) -> Iterable[tuple[str, Loss]]:
-        batch = reader.collate(examples).to(run.device)
+    def losses(examples: Listed[MarkedSequence]) -> Iterable[tuple[str, Loss]]:
+        batch = marker.collate(examples).to(run.device)
         knowledge = said(batch.text) if said else None
         loss, _ = run.student(batch.text, terms(config, knowledge, batch, _quantiles_of(run), scales))
         tail = loss.parts["kl"] - loss.parts["divergence"] if "kl" in loss.parts else 0.0
@@ -337,8 +336,7 @@ def main(config: Config) -> Table | None:
     # Before the run begins, so that text which cannot be read leaves no run behind.
     lessons = prepare_together(config.text, teacher, config.training, folder)
     run = start(config, student, teacher)
-    find = None if chunk is None else partial(pairs, tokenizer=student.tokenizer, chunk=chunk)
-    teach(run, Reader(student, find), _listen(config, run, teacher, student), lessons, config)
+    teach(run, phrase_marker(student, chunk), _listen(config, run, teacher, student), lessons, config)
     return _examine(config, student.eval(), lessons) if run.is_main else None
 
 

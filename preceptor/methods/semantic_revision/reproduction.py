@@ -10,7 +10,6 @@ import random
 import shutil
 from collections.abc import Sequence as Listed
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,8 @@ from torch import Tensor
 
 from preceptor.data.sequences import Sequence, collate
 from preceptor.distillation.lessons import Lessons, Text, prepare, write_answers
-from preceptor.distillation.marked import Reader
 from preceptor.distillation.on_policy import OwnSamples
-from preceptor.distillation.teachers import FrozenTeacher, Recital, Teacher
+from preceptor.distillation.teachers import FrozenTeacher, MemoisedTeacher, Teacher
 from preceptor.engine.settings import Training
 from preceptor.errors import UserError
 from preceptor.evaluation.language import Said, ask, evaluate_language
@@ -31,7 +29,7 @@ from preceptor.knowledge import HiddenTargets
 from preceptor.losses.dac_kl import Classes, Clipping, Quantiles, clipped_kl, clipped_rows, gates, quantile_loss
 from preceptor.losses.span_consistency import span_consistency
 from preceptor.methods.semantic_revision.correction import Correction, correct
-from preceptor.methods.semantic_revision.phrases import adjacent, pairs, phrases, token_spans
+from preceptor.methods.semantic_revision.phrases import adjacent, phrase_marker, phrases, token_spans
 from preceptor.methods.semantic_revision.recipe import Config, Weights, start, teach
 from preceptor.models.language_model import LanguageModel, project
 from preceptor.models.loading import load
@@ -229,15 +227,15 @@ def _one_seed(seed: int, path: Path, sizes: Sizes) -> dict[str, Any]:
     if "samples" not in figures:
         prompts = [sequence.prompt for sequence in lessons.exam]
         keep("samples", _corrections(load(begun), teacher, prompts, sizes.text.answer_length, seed))
-    recital = Recital(FrozenTeacher(teacher), lessons.train)
+    memoised = MemoisedTeacher(FrozenTeacher(teacher), lessons.train)
     if "clipping" not in figures:
-        keep("clipping", _clipping(load(begun), recital, lessons, seed))
+        keep("clipping", _clipping(load(begun), memoised, lessons, seed))
     plain = replace(first, student=begun, weights=Weights(), own=OwnSamples())
     plain = replace(plain, training=replace(training, steps=sizes.steps, batch_size=4, learning_rate=1e-4))
     for arm in sizes.arms:
         if arm not in figures["arms"]:
             config = replace(plain, output=str(path / arm), **ARMS[arm][0])
-            said = FrozenTeacher(teacher) if config.own.share else recital
+            said = FrozenTeacher(teacher) if config.own.share else memoised
             student = _taught(config, exact, teacher, said, lessons, known=_elsewhere(arm, exact, lessons, seed))
             keep(arm, study.figures(student) | _last_kept(path / arm))
             # Weights and moments of an arm take 1 GB, and nothing starts from them.
@@ -259,7 +257,7 @@ def _taught(
     run = start(replace(config, resume=(folder / "config.json").exists()), student, teacher)
     teach(
         run,
-        Reader(student, partial(pairs, tokenizer=student.tokenizer, chunk=phrases), known or {}),
+        phrase_marker(student, phrases, known),
         said,
         lessons,
         config,
@@ -301,8 +299,8 @@ class _Study:
         self.exam, self.said = lessons.exam, ask(exact, lessons.exam)
         self.prompts = [sequence.prompt for sequence in lessons.exam]
         self.length = max(sum(sequence.response) for sequence in lessons.exam)
-        reader = Reader(exact, partial(pairs, tokenizer=exact.tokenizer, chunk=phrases))
-        batch = reader.collate([reader.lesson(sequence, given=True) for sequence in self.exam])
+        marker = phrase_marker(exact, phrases)
+        batch = marker.collate(marker.mark(self.exam, given=self.exam))
         self.pairs, self.greedy = batch.pairs, self._greedy(exact)
 
     def _greedy(self, model: LanguageModel) -> list[str]:
@@ -374,7 +372,7 @@ def _nll(said: Said, sequences: list[Sequence]) -> list[Tensor]:
     return [-rows.gather(-1, wanted).squeeze(-1) for rows, wanted in zip(log_p, labels)]
 
 
-def _clipping(student: LanguageModel, teacher: Recital, lessons: Lessons, seed: int) -> dict[str, float]:
+def _clipping(student: LanguageModel, teacher: MemoisedTeacher, lessons: Lessons, seed: int) -> dict[str, float]:
     """f_sub by itself, on what the fine-tuned student and its teacher say of the text, with and without the guard.
 
     Also how many positions have a DAC-KL below 0 or above the KL of all considered classes, which bounds the whole one.

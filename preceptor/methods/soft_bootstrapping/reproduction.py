@@ -66,7 +66,7 @@ ACCURACY, LOSS = "right answers", "held-out loss"
 ROLLED = "rollouts"  # the first stage's figures, beside those of the arms
 
 
-class Shuffled:
+class ShuffledReplies:
     """The control: each example gets what the teacher said of another one's reply, cut or held to its length."""
 
     def __init__(self, said: Hinted, shown: list[Views]) -> None:
@@ -269,7 +269,7 @@ def _arm(
     if arm == REJECTION:
         replies = right_rollouts(config, tried, teacher)
     if arm == SHUFFLED:
-        _teach(run, Shuffled(said, train), replies, soft, student)
+        _teach(run, ShuffledReplies(said, train), replies, soft, student)
     elif arm == UNHINTED:
         same = [Views(one.name, one.student, one.student) for one in train]
         _teach(run, Hinted(AdapterOff(student), same, student.pad_id), replies, soft, student)

@@ -61,7 +61,7 @@ import torch
 from preceptor.catalogue import repeat
 from preceptor.data.sequences import Sequence, collate
 from preceptor.distillation.objective import Objective
-from preceptor.distillation.teachers import Recital
+from preceptor.distillation.teachers import MemoisedTeacher
 from preceptor.engine.run import Run
 from preceptor.engine.run_folder import check_folder
 from preceptor.engine.settings import Training
@@ -164,7 +164,7 @@ paper = Config(
 )
 
 
-class Book:
+class AnswerSet:
     """The answers that a pass reads: ``fixed`` ones, and with probability λ an example's new one.
 
     An empty new answer leaves the fixed one in its place; ``empty`` counts them.
@@ -175,7 +175,7 @@ class Book:
         self.turned, self.empty = -1, 0
 
     def turn(self, number: int, writer: Author, length: int) -> None:
-        """Open pass ``number``: the online answers are written, all at once, unless the book is open there already."""
+        """Open pass ``number``: the online answers are written, all at once, once for each pass."""
         if number == self.turned:
             return
         self.turned = number
@@ -209,21 +209,21 @@ def distil(run: Run, student: LanguageModel, laboratory: Laboratory, config: Con
     asked = [prompt for prompt in laboratory.prompts[: data.prompts] for _ in range(data.responses)]
     with run.accelerator.main_process_first():
         path, seed = run.folder / "offline.jsonl", config.training.seed + 2
-        book = Book(written(path, laboratory.teacher, asked, data.answer_length, seed=seed), config.online)
+        answers = AnswerSet(written(path, laboratory.teacher, asked, data.answer_length, seed=seed), config.online)
     writer = laboratory.teacher if config.writer == "teacher" else LanguageAuthor(student, together=TOGETHER)
-    said, course = Recital(laboratory.teacher, book.fixed), Course()
-    run.remember("book", book)
+    said, course = MemoisedTeacher(laboratory.teacher, answers.fixed), Course()
+    run.remember("book", answers)
     run.remember("course", course)
     if run.step == 0:
         run.log(**look(student, laboratory, course, config, step=0))
-    a_pass = -(-len(book.fixed) // config.training.batch_size)
-    for places in run.steps(range(len(book.fixed))):
-        book.turn(run.step // a_pass, writer, data.answer_length)
-        for batch in run.split([book.now[place] for place in places], partial(collate, pad_id=student.pad_id)):
+    a_pass = -(-len(answers.fixed) // config.training.batch_size)
+    for places in run.steps(range(len(answers.fixed))):
+        answers.turn(run.step // a_pass, writer, data.answer_length)
+        for batch in run.split([answers.now[place] for place in places], partial(collate, pad_id=student.pad_id)):
             loss = run.student(batch, config.objective.against(said(batch), batch))
             run.update(loss.sum, loss.count, loss.parts)
         if run.evaluate_due:
-            run.log(empty_answers=book.empty, **look(student, laboratory, course, config, step=run.step))
+            run.log(empty_answers=answers.empty, **look(student, laboratory, course, config, step=run.step))
     run.finish()
     return course
 

@@ -28,7 +28,7 @@ from preceptor.methods.echoatt.recipe import (
     start,
     teach,
 )
-from preceptor.methods.echoatt.reproduction import Recital
+from preceptor.methods.echoatt.reproduction import MemoisedLayers
 from preceptor.methods.echoatt.similarity import Similarity
 from preceptor.models.language_model import LanguageModel
 from preceptor.models.loading import load
@@ -165,9 +165,9 @@ def test_a_stopped_run_ends_as_one_that_was_not(tokenizer, tmp_path):
 
 def test_a_memory_says_what_the_teacher_says(tokenizer):
     teacher, texts = teacher_of(tokenizer), pieces(6)
-    recital = Recital(teacher, texts, (1, 2, 5))
+    memory = MemoisedLayers(teacher, texts, (1, 2, 5))
     batch = collate([texts[4], texts[1]], 0)
-    said, wanted = recital.of((2, 5))(batch), Original(teacher, (2, 5))(batch)
+    said, wanted = memory.of((2, 5))(batch), Original(teacher, (2, 5))(batch)
     assert isinstance(said.soft, HiddenTargets)
     torch.testing.assert_close(said.soft.hidden, wanted.soft.hidden)
     assert torch.equal(said.likeliest, wanted.likeliest)

@@ -11,14 +11,14 @@ from preceptor.data.sequences import Sequence, collate
 from preceptor.distillation.lessons import Lessons, Text
 from preceptor.distillation.objective import Objective
 from preceptor.distillation.on_policy import OwnSamples
-from preceptor.distillation.teachers import FrozenTeacher, Recital
+from preceptor.distillation.teachers import FrozenTeacher, MemoisedTeacher
 from preceptor.engine.run import Run
 from preceptor.engine.settings import Training
 from preceptor.errors import UserError
 from preceptor.evaluation.language import LABELS_ONLY
 from preceptor.knowledge import HiddenTargets
 from preceptor.methods.gkd.recipe import Config, main, teach
-from preceptor.methods.gkd.reproduction import Shuffled
+from preceptor.methods.gkd.reproduction import ShuffledRows
 from preceptor.models.language_model import LanguageModel
 from preceptor.models.loading import load
 from tests.small_llama import small_llama
@@ -118,15 +118,15 @@ def test_the_adaptive_schedule_sees_the_held_out_loss(tmp_path, tokenizer):
     assert [line["own_share"] for line in seen] == [0.0] * 4
 
 
-def test_a_recital_repeats_the_teacher_and_the_control_does_not(tokenizer):
+def test_a_memoised_teacher_repeats_the_teacher_and_the_control_does_not(tokenizer):
     teacher, told = small(tokenizer, 2), sequences(6)
-    recital, batch = Recital(FrozenTeacher(teacher), told), collate(told[2:5], pad_id=2)
+    memoised, batch = MemoisedTeacher(FrozenTeacher(teacher), told), collate(told[2:5], pad_id=2)
     live: HiddenTargets = FrozenTeacher(teacher)(batch)
-    assert torch.allclose(recital(batch).hidden, live.hidden[batch.predicts], atol=1e-5)
+    assert torch.allclose(memoised(batch).hidden, live.hidden[batch.predicts], atol=1e-5)
     torch.manual_seed(0)
-    shuffled = Shuffled(recital)(batch).hidden
-    assert not torch.allclose(shuffled, recital(batch).hidden, atol=1e-3)
-    assert torch.allclose(shuffled.sum(0), recital(batch).hidden.sum(0), atol=1e-4)
+    shuffled = ShuffledRows(memoised)(batch).hidden
+    assert not torch.allclose(shuffled, memoised(batch).hidden, atol=1e-3)
+    assert torch.allclose(shuffled.sum(0), memoised(batch).hidden.sum(0), atol=1e-4)
 
 
 def test_settings_that_contradict_each_other_are_refused():

@@ -6,13 +6,13 @@ import warnings
 import pytest
 
 from preceptor.data.sequences import Sequence
-from preceptor.distillation.marked import Reader
 from preceptor.errors import UserError
 from preceptor.methods.semantic_revision import phrases as chunks
 from preceptor.methods.semantic_revision.phrases import (
     adjacent,
     chunker,
     pairs,
+    phrase_marker,
     phrases,
     plain_phrases,
     token_characters,
@@ -131,7 +131,7 @@ def test_an_empty_response_has_no_pair(tokenizer):
 
 
 class Student:
-    """What a reader needs of a student."""
+    """What a marker needs of a student."""
 
     pad_id = 2
 
@@ -143,11 +143,10 @@ def test_a_batch_counts_its_pairs_over_the_rows_of_all_sequences(tokenizer):
     ids = tokenizer("The quick brown fox")["input_ids"]
     one = Sequence((5, 6, *ids), (False, False, *(True for _ in ids)))
     other = Sequence((5, *ids[:2]), (False, True, True))
-    reader = Reader(Student(tokenizer), whole)
-    lessons = [reader.lesson(one, given=True), reader.lesson(other, given=False)]
-    batch = reader.collate(lessons)
+    marker = phrase_marker(Student(tokenizer), whole)
+    batch = marker.collate(marker.mark([one, other], given=[one]))
     assert batch.pairs.tolist() == [0, 1, 2, 4]
     assert int(batch.text.predicts.sum()) == 6
     assert (batch.labels[0] != -100).sum() == 4
     assert (batch.labels[1] == -100).all()
-    assert list(reader.known) == [one]
+    assert list(marker.known) == [one]

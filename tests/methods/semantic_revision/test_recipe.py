@@ -11,8 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from preceptor.data.sequences import Sequence, collate
 from preceptor.distillation.lessons import Lessons, Text
-from preceptor.distillation.marked import Reader
-from preceptor.distillation.on_policy import OwnSamples, OwnShare
+from preceptor.distillation.on_policy import OnPolicyMixer, OwnSamples
 from preceptor.distillation.teachers import FrozenTeacher
 from preceptor.engine.run import NonFiniteLoss
 from preceptor.engine.settings import Training
@@ -20,7 +19,7 @@ from preceptor.errors import UserError
 from preceptor.knowledge import LogitTargets
 from preceptor.losses.dac_kl import Clipping
 from preceptor.methods.semantic_revision.correction import Correction, correct
-from preceptor.methods.semantic_revision.phrases import plain_phrases
+from preceptor.methods.semantic_revision.phrases import phrase_marker, plain_phrases
 from preceptor.methods.semantic_revision.recipe import (
     TRAINING,
     Config,
@@ -65,7 +64,7 @@ def taught(folder, tokenizer, config, *, student=1, teacher=2):
     run = start(config, learner, said)
     needs = config.weights.divergence or config.weights.spans
     lessons = Lessons(sequences(tokenizer), sequences(tokenizer, 4), [])
-    teach(run, Reader(learner, plain_phrases), FrozenTeacher(said) if needs else None, lessons, config)
+    teach(run, phrase_marker(learner, plain_phrases), FrozenTeacher(said) if needs else None, lessons, config)
     return learner
 
 
@@ -81,9 +80,10 @@ def weights(checkpoint):
 def test_the_objective_is_the_sum_of_its_three_terms(tokenizer):
     """Means over tokens, given tokens and pairs, unit weights, from both models' dense distributions in float64."""
     student, teacher = small(tokenizer, 1), small(tokenizer, 2)
-    reader = Reader(student, plain_phrases)
-    marked = [reader.lesson(one, given=n != 1) for n, one in enumerate(sequences(tokenizer, 5))]
-    batch = reader.collate(marked)
+    marker = phrase_marker(student, plain_phrases)
+    read = sequences(tokenizer, 5)
+    marked = marker.mark(read, given=[one for n, one in enumerate(read) if n != 1])
+    batch = marker.collate(marked)
     mask = batch.text.predicts
     config = Config(clipping=OFF)
     tokens, found, given = int(mask.sum()), len(batch.pairs), int((batch.labels >= 0).sum())
@@ -152,13 +152,13 @@ def test_f_sub_learns_and_is_not_in_the_student(tmp_path, tokenizer):
 
 
 def rises(own, loss):
-    """In place of ``OwnShare.see``: the share of own samples is a half from the first evaluation on."""
+    """In place of ``OnPolicyMixer.see``: the share of own samples is a half from the first evaluation on."""
     own.threshold = 0.5
 
 
 def test_a_resumed_run_ends_as_one_that_was_never_stopped(tmp_path, tokenizer, monkeypatch):
     """Bit by bit: student, f_sub, its optimizer, the replay buffer and the draws."""
-    monkeypatch.setattr(OwnShare, "see", rises)
+    monkeypatch.setattr(OnPolicyMixer, "see", rises)
     training = replace(SHORT, steps=9, save_every=3, evaluate_every=1)
     config = Config(own=OwnSamples(adaptive=True), training=training)
     whole = taught(tmp_path / "whole", tokenizer, config)
@@ -177,12 +177,12 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(tmp_path, tokenizer, m
         return said(batch)
 
     with pytest.raises(InterruptedError):
-        teach(run, Reader(learner, plain_phrases), tires, lessons, halved)
+        teach(run, phrase_marker(learner, plain_phrases), tires, lessons, halved)
     again = small(tokenizer, 7)
     run = start(replace(halved, resume=True), again, again)
     assert 0 < run.step < 9
-    monkeypatch.setattr(OwnShare, "load_state_dict", seen_by(OwnShare.load_state_dict, taken_up := []))
-    teach(run, Reader(again, plain_phrases), said, lessons, halved)
+    monkeypatch.setattr(OnPolicyMixer, "load_state_dict", seen_by(OnPolicyMixer.load_state_dict, taken_up := []))
+    teach(run, phrase_marker(again, plain_phrases), said, lessons, halved)
     assert taken_up[0].buffer
     assert all(torch.equal(one, other) for one, other in zip(whole.parameters(), again.parameters(), strict=True))
     files = [weights(max((run / "checkpoints").iterdir())) for run in (tmp_path / "whole", folder)]
@@ -202,7 +202,7 @@ def seen_by(method, things):
 
 
 def test_the_replay_buffer_holds_corrected_samples(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(OwnShare, "see", rises)
+    monkeypatch.setattr(OnPolicyMixer, "see", rises)
     found = []
 
     def corrects(*words, **settings):
@@ -210,7 +210,7 @@ def test_the_replay_buffer_holds_corrected_samples(tmp_path, tokenizer, monkeypa
         return found[-1]
 
     monkeypatch.setattr("preceptor.methods.semantic_revision.recipe.correct", corrects)
-    monkeypatch.setattr(OwnShare, "state_dict", seen_by(OwnShare.state_dict, kept := []))
+    monkeypatch.setattr(OnPolicyMixer, "state_dict", seen_by(OnPolicyMixer.state_dict, kept := []))
     config = Config(own=OwnSamples(adaptive=True), training=replace(SHORT, evaluate_every=1))
     taught(tmp_path / "run", tokenizer, config)
     corrected = [sequence for done in found for sequence in done.sequences]
@@ -227,7 +227,7 @@ def test_a_step_without_a_span_has_none_of_its_loss(tmp_path, tokenizer):
     config = Config(own=OwnSamples(), training=replace(SHORT, steps=2), output=str(tmp_path / "run"), text=TEXT)
     run = start(config, student, said)
     lessons = Lessons(sequences(tokenizer), sequences(tokenizer, 4), [])
-    teach(run, Reader(student, nothing), FrozenTeacher(said), lessons, config)
+    teach(run, phrase_marker(student, nothing), FrozenTeacher(said), lessons, config)
     assert [line["span"] for line in lines(tmp_path / "run")] == [0.0, 0.0]
 
 
@@ -259,8 +259,9 @@ def test_the_span_is_a_mean_over_pairs(tmp_path, tokenizer):
     training = replace(SHORT, learning_rate=1e-9, steps=1, batch_size=12)
     config = Config(weights=Weights(0.0, 0.0, 1.0), own=OwnSamples(), training=training)
     student, said = taught(tmp_path / "run", tokenizer, config), small(tokenizer, 2)
-    reader = Reader(student, plain_phrases)
-    batch = reader.collate([reader.lesson(one, given=True) for one in sequences(tokenizer)])
+    marker = phrase_marker(student, plain_phrases)
+    read = sequences(tokenizer)
+    batch = marker.collate(marker.mark(read, given=read))
     with torch.no_grad():
         p, q = (model.causal(batch.text.input_ids).logits[batch.text.predicts].softmax(-1) for model in (said, student))
     spans = [(p[i] * p[i + 1] - q[i] * q[i + 1]).norm() for i in batch.pairs.tolist()]
@@ -272,20 +273,20 @@ def test_the_held_out_loss_has_the_whole_divergence(tmp_path, tokenizer, weights
     """It does not move with f_sub, which shapes the loss that is minimised."""
     config = Config(weights=weights_of, own=OwnSamples(), training=SHORT, output=str(tmp_path / "run"), text=TEXT)
     student, said, exam = small(tokenizer, 1), FrozenTeacher(small(tokenizer, 2)), sequences(tokenizer, 4)
-    run, reader = start(config, student, small(tokenizer, 2)), Reader(student, plain_phrases)
-    first = loss_of_exam(run, said, exam, reader, config)
+    run, marker = start(config, student, small(tokenizer, 2)), phrase_marker(student, plain_phrases)
+    first = loss_of_exam(run, said, exam, marker, config)
     with torch.no_grad():
         for parameter in run.modules["f_sub"].parameters():
             parameter.fill_(0.3)
-    assert loss_of_exam(run, said, exam, reader, config) == pytest.approx(first, abs=1e-5)
-    plain = loss_of_exam(run, said, exam, reader, replace(config, clipping=OFF))
+    assert loss_of_exam(run, said, exam, marker, config) == pytest.approx(first, abs=1e-5)
+    plain = loss_of_exam(run, said, exam, marker, replace(config, clipping=OFF))
     assert first == pytest.approx(plain, abs=1e-4)
     labels = replace(config, weights=Weights(1.0, 0.0, 0.0))
     batch = collate(exam, student.pad_id)
     with torch.no_grad():
         logits = student.causal(batch.input_ids).logits[batch.predicts]
     expected = float(torch.nn.functional.cross_entropy(logits, batch.labels[batch.predicts]))
-    assert loss_of_exam(run, None, exam, reader, labels) == pytest.approx(expected, rel=1e-5)
+    assert loss_of_exam(run, None, exam, marker, labels) == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_f_sub_has_moved(tmp_path, tokenizer):
@@ -297,7 +298,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_f_sub_has_moved(tmp_path
         student.head.weight[0, 0] = torch.nan
     lessons = Lessons(sequences(tokenizer), sequences(tokenizer, 4), [])
     with pytest.raises(NonFiniteLoss, match="The student's loss is nan at step 1"):
-        teach(run, Reader(student, plain_phrases), FrozenTeacher(said), lessons, config)
+        teach(run, phrase_marker(student, plain_phrases), FrozenTeacher(said), lessons, config)
     assert all(torch.equal(old, new) for old, new in zip(before, run.modules["f_sub"].parameters(), strict=True))
 
 
@@ -322,7 +323,7 @@ def test_a_float32_teacher_chooses_in_float32_while_the_student_learns_in_bf16(t
     config = Config(own=OwnSamples(share=1.0), training=replace(SHORT, steps=2, precision="bf16"), text=TEXT)
     student, config = small(tokenizer, 1), replace(config, output=str(tmp_path / "run"))
     lessons = Lessons(sequences(tokenizer), sequences(tokenizer, 4), [])
-    teach(start(config, student, student), Reader(student, plain_phrases), listens, lessons, config)
+    teach(start(config, student, student), phrase_marker(student, plain_phrases), listens, lessons, config)
     assert len(seen) == 4
     assert not any(seen)
 
@@ -356,8 +357,9 @@ def test_a_missing_chunker_is_said_before_anything_is_loaded(tmp_path, monkeypat
 
 def test_another_vocabulary_is_refused(tokenizer):
     student = small(tokenizer, 1)
-    reader = Reader(student, plain_phrases)
-    batch = reader.collate([reader.lesson(one, given=True) for one in sequences(tokenizer, 2)])
+    marker = phrase_marker(student, plain_phrases)
+    read = sequences(tokenizer, 2)
+    batch = marker.collate(marker.mark(read, given=read))
     other = LogitTargets(torch.zeros(*batch.text.input_ids.shape, 100))
     for weights in (Weights(0.0, 1.0, 0.0), Weights(0.0, 0.0, 1.0)):
         with pytest.raises(UserError, match="vocabulary has 100 entries"):
@@ -395,8 +397,8 @@ def test_the_papers_settings_start(tmp_path, tokenizer, monkeypatch):
             vocab_size=49152, n_embd=width, n_layer=layers, n_head=2, n_positions=512, eos_token_id=2, bos_token_id=1
         )
         LanguageModel(GPT2LMHeadModel(config), tokenizer).save(tmp_path / name)
-    monkeypatch.setattr(OwnShare, "see", rises)
-    monkeypatch.setattr(OwnShare, "state_dict", seen_by(OwnShare.state_dict, kept := []))
+    monkeypatch.setattr(OnPolicyMixer, "see", rises)
+    monkeypatch.setattr(OnPolicyMixer, "state_dict", seen_by(OnPolicyMixer.state_dict, kept := []))
     monkeypatch.setattr("preceptor.distillation.on_policy.BUFFER", 2)
     data = tmp_path / "data.jsonl"
     record = {"messages": [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": "The old dog."}]}
@@ -428,7 +430,8 @@ def test_the_doctor_estimates_its_memory(tmp_path, tokenizer):
 
 def test_own_samples_are_not_labels(tokenizer):
     student = small(tokenizer, 1)
-    reader = Reader(student, None)
-    batch = reader.collate([reader.lesson(one, given=False) for one in sequences(tokenizer, 3)])
+    marker = phrase_marker(student, None)
+    read = sequences(tokenizer, 3)
+    batch = marker.collate(marker.mark(read, given=[]))
     assert (batch.labels == -100).all()
     assert torch.equal(batch.text.labels, collate(sequences(tokenizer, 3), student.pad_id).labels)

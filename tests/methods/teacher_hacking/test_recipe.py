@@ -12,7 +12,7 @@ from preceptor.errors import UserError
 from preceptor.methods.teacher_hacking import recipe as recipe
 from preceptor.methods.teacher_hacking.authors import answered
 from preceptor.methods.teacher_hacking.label import Label
-from preceptor.methods.teacher_hacking.recipe import Book, Config, distil, main, paper, setup, start, tiny, told
+from preceptor.methods.teacher_hacking.recipe import AnswerSet, Config, distil, main, paper, setup, start, tiny, told
 from preceptor.methods.teacher_hacking.reproduction import CONTROL, FIFTH, HALF, OFFLINE, arms
 from preceptor.methods.teacher_hacking.stage_one import build
 from preceptor.models.language_model import LanguageModel
@@ -43,29 +43,29 @@ FIXED = [answered((place, place), (0, 0, 0)) for place in range(200)]
 
 
 def test_offline_answers_never_change():
-    book, writer = Book(FIXED, 0.0), Writer()
+    answers, writer = AnswerSet(FIXED, 0.0), Writer()
     for number in range(3):
-        book.turn(number, writer, 3)
-    assert book.now is book.fixed
+        answers.turn(number, writer, 3)
+    assert answers.now is answers.fixed
     assert writer.calls == 0
 
 
 def test_online_answers_are_new_in_every_pass_and_stay_for_the_pass():
-    book, writer = Book(FIXED, 1.0), Writer()
+    answers, writer = AnswerSet(FIXED, 1.0), Writer()
     for number in (0, 0, 1, 1, 2):
-        book.turn(number, writer, 3)
-        assert [one.ids for one in book.now] == [(*one.prompt, *(number + 1,) * 3) for one in FIXED]
+        answers.turn(number, writer, 3)
+        assert [one.ids for one in answers.now] == [(*one.prompt, *(number + 1,) * 3) for one in FIXED]
     assert writer.calls == 3
 
 
 def test_a_share_of_the_answers_is_new_and_drawn_again_in_every_pass():
     torch.manual_seed(0)
-    book, writer = Book(FIXED, 0.3), Writer()
+    answers, writer = AnswerSet(FIXED, 0.3), Writer()
     news = []
     for number in range(40):
-        book.turn(number, writer, 3)
-        news.append([place for place, one in enumerate(book.now) if one.ids[2] != 0])
-        assert [book.now[place].ids[2] for place in news[-1]] == [number + 1] * len(news[-1])
+        answers.turn(number, writer, 3)
+        news.append([place for place, one in enumerate(answers.now) if one.ids[2] != 0])
+        assert [answers.now[place].ids[2] for place in news[-1]] == [number + 1] * len(news[-1])
         assert writer.prompts[-1] == [FIXED[place].prompt for place in news[-1]]
     share = sum(map(len, news)) / 8000
     assert abs(share - 0.3) < 0.02
@@ -77,18 +77,18 @@ def test_an_empty_new_answer_leaves_the_fixed_one():
         def answer(self, prompts, length):
             return [answered(prompt, ()) for prompt in prompts]
 
-    book = Book(FIXED[:5], 1.0)
-    book.turn(0, Silent(), 3)
-    assert book.now == FIXED[:5]
-    assert book.empty == 5
+    answers = AnswerSet(FIXED[:5], 1.0)
+    answers.turn(0, Silent(), 3)
+    assert answers.now == FIXED[:5]
+    assert answers.empty == 5
 
 
 def test_an_open_book_comes_back():
     torch.manual_seed(1)
-    book, again, writer = Book(FIXED, 0.5), Book(FIXED, 0.5), Writer()
-    book.turn(4, writer, 3)
-    again.load_state_dict(json.loads(json.dumps(book.state_dict())))
-    assert again.now == book.now
+    answers, again, writer = AnswerSet(FIXED, 0.5), AnswerSet(FIXED, 0.5), Writer()
+    answers.turn(4, writer, 3)
+    again.load_state_dict(json.loads(json.dumps(answers.state_dict())))
+    assert again.now == answers.now
     again.turn(4, writer, 3)
     assert writer.calls == 1
 
