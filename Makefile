@@ -6,6 +6,11 @@ TORCH_INDEX ?=
 DEMO_RECIPE ?= gkd
 DEMO_FLAGS ?= --labels-arm --training.steps 120 --text.limit 384
 DEMO_FOLDER ?= runs/gkd/demo
+# Real data for the tests that need it, which are skipped without; see tests/data_folder.py.
+PRECEPTOR_DATA ?= $(wildcard $(abspath ../shared/data))
+export PRECEPTOR_DATA
+# Processes that share the tests, each with one thread.
+WORKERS ?= 2
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -42,7 +47,7 @@ demo: $(SETUP)  ## a real language model teaches a smaller one; ends with a tabl
 	test -s "$$folder/report.html" && echo "The page: $$folder/report.html"
 
 test: $(SETUP)  ## run the tests (no network, no GPU)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(TESTS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(TESTS)
 
 lint: $(SETUP)  ## style, format and types
 	$(BIN)/ruff check .

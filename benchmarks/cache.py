@@ -19,6 +19,7 @@ import argparse
 import functools
 import json
 import math
+import os
 import random
 import statistics
 import sys
@@ -50,7 +51,7 @@ from preceptor.models.language_model import LanguageModel
 from preceptor.models.loading import load
 from preceptor.models.student import make_student
 
-DATA = Path(__file__).parents[2] / "shared/data/gsm8k/train.jsonl"
+DATA = Path(os.environ.get("PRECEPTOR_DATA") or "nowhere") / "gsm8k" / "train.jsonl"
 BUDGETS = {"hidden": (92, 288, 432, 578), "top_k": (25, 50, 100, 200), "sampled": (25, 50, 100)}
 # DistillKit's settings as it recommends them at about 114 and 300 bytes: k, values kept exactly, terms, normalised t.
 RECOMMENDED = {"k=50": (50, 1, (0, 1, "sqrt"), False), "k=128": (128, 16, (0, 1, 2, 3, 4, "sqrt"), False)}

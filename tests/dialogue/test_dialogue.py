@@ -37,8 +37,8 @@ from preceptor.dialogue.tutors import (
 )
 from preceptor.errors import UserError
 from preceptor.language import Chat, Echo, Request, Scripted
+from tests.data_folder import DATA, needs
 
-DATA = Path(__file__).parents[3] / "shared" / "data" / "mathdial"
 CASE = Dialogue("Two and four make?", "2 + 4 = 6\n 6", "2 * 4 = 8\n 8", "Ines is a student in grade 7.")
 
 
@@ -136,12 +136,12 @@ def test_files_that_are_no_dialogues_are_refused() -> None:
         read_dialogues(Path("x.jsonl"))
 
 
-@pytest.mark.skipif(not DATA.exists(), reason="MathDial's released files are not at ../shared/data/mathdial")
+@needs("mathdial")
 @pytest.mark.parametrize("name", ["test", "example", "example_model_output"])
 def test_released_files_are_written_byte_for_byte(name: str) -> None:
-    dialogues = read_dialogues(DATA / f"{name}.jsonl")
+    dialogues = read_dialogues(DATA / "mathdial" / f"{name}.jsonl")
     write_dialogues(Path("out/again.jsonl"), dialogues)
-    assert Path("out/again.jsonl").read_bytes() == (DATA / f"{name}.jsonl").read_bytes()
+    assert Path("out/again.jsonl").read_bytes() == (DATA / "mathdial" / f"{name}.jsonl").read_bytes()
     for dialogue in dialogues:
         fresh = tuple(replace(turn, prefix="") for turn in dialogue.turns)
         assert [turn.role for turn in parse_dialogue(as_record(replace(dialogue, turns=fresh))).turns] == [

@@ -12,11 +12,9 @@ from preceptor.dialogue.tutors import next_step_tutor, parrot_student, self_corr
 from preceptor.errors import UserError
 from preceptor.methods.mathdial.text_metrics import Encoder, bert_f1, knowledge_f1, sbleu
 from preceptor.methods.mathdial.uptake import Rarity, Vectors, cross_fitted, features, overlap_share
+from tests.data_folder import DATA, needs
 
-DATA = Path(__file__).parents[3] / "shared" / "data"
-needs_data = pytest.mark.skipif(
-    not (DATA / "mathdial").exists(), reason="MathDial's released files are not at ../shared/data/mathdial"
-)
+needs_data = needs("mathdial")
 
 
 def talk(*said: str, gold: str = "6", student_first: bool = False) -> Dialogue:

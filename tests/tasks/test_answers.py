@@ -1,11 +1,11 @@
 import json
 import time
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 
 from preceptor.tasks.answers import parse, same, written
+from tests.data_folder import DATA, needs
 
 READ = {
     "42": "42", " 42. ": "42", "-3": "-3", "−5": "-5", "+7": "7", "(-5)": "-5", "1,234": "1234",
@@ -116,11 +116,10 @@ def test_numbers_are_written_as_people_write_them() -> None:
     assert {text: written(Fraction(text)) for text in cases} == cases
 
 
-def test_gsm8k_solutions_are_marked_as_their_publishers_marked_them(root: Path) -> None:
+@needs("gsm8k", "example_model_solutions.jsonl")
+def test_gsm8k_solutions_are_marked_as_their_publishers_marked_them() -> None:
     """Four models' solutions to every fourth of 1,319 problems, each published with whether it is right."""
-    path = root.parent / "shared" / "data" / "gsm8k" / "example_model_solutions.jsonl"
-    if not path.is_file():
-        pytest.skip("the GSM8K model solutions are not on this machine")
+    path = DATA / "gsm8k" / "example_model_solutions.jsonl"
     marks = []
     for line in path.read_text(encoding="utf-8").splitlines()[::4]:
         row = json.loads(line)

@@ -16,6 +16,7 @@ from preceptor.tasks.gsm8k import read_problems, relabel
 from preceptor.tasks.programs import Programs, program_of
 from preceptor.tasks.records import Completed, Datum, Item, Task, complete, item_of, report
 from preceptor.tasks.sampling import select
+from tests.data_folder import DATA, needs
 
 needs_isolation = pytest.mark.skipif(
     "refused" in sandbox_layers(), reason="this kernel offers no isolation of files or network"
@@ -187,11 +188,9 @@ def test_a_broken_file_is_refused(tmp_path: Path, line: str, words: str) -> None
         read_problems(tmp_path / "absent.jsonl")
 
 
-def test_the_whole_of_gsm8k_is_read(root: Path) -> None:
-    path = root.parent / "shared" / "data" / "gsm8k" / "test.jsonl"
-    if not path.is_file():
-        pytest.skip("GSM8K is not on this machine")
-    task = read_problems(path)
+@needs("gsm8k", "test.jsonl")
+def test_the_whole_of_gsm8k_is_read() -> None:
+    task = read_problems(DATA / "gsm8k" / "test.jsonl")
     assert len(task.problems) == 1319
     assert all(task.score(task.problems, [task.datum(item).response for item in task.problems]))
 

@@ -44,9 +44,7 @@ from preceptor.methods.mathdial.released_data import (
 from preceptor.models.language_model import LanguageModel
 from preceptor.models.loading import load
 from preceptor.statistics import compare
-
-DATA = Path(__file__).parents[4] / "shared" / "data"
-needs_data = pytest.mark.skipif(not (DATA / "mathdial").exists(), reason="the released data is not at ../shared/data")
+from tests.data_folder import DATA, needs
 
 WORKED = "Three boxes of 4.\n3 * 4 = <<3*4=12>>12\n#### 12"
 FREE = CommonErrors(shortest=1, longest=1000)
@@ -281,19 +279,19 @@ def test_uptake_without_correlation_does_not_pass() -> None:
     assert [claim.holds for claim in uptake_claims(figures, "x").claims] == [False, False]
 
 
-@needs_data
+@needs("mathdial", "test.jsonl")
 def test_scripted_play_on_the_released_problems_gives_the_closed_forms() -> None:
     found = scripted_play(DATA / "mathdial" / "test.jsonl")
     assert len(found.claims) == 10
     assert all(claim.holds for claim in found.claims)
 
 
-@needs_data
+@needs("gsm8k")
 def test_gsm8k_passes_the_filters_as_counted_and_real_errors_are_picked() -> None:
     assert [claim for claim in filters(DATA / "gsm8k").claims if not claim.holds] == []
 
 
-@needs_data
+@needs("uptake", "uptake_data.csv")
 def test_uptake_follows_the_human_ratings_without_an_encoder_too() -> None:
     figures = uptake_ratings(DATA / "uptake" / "uptake_data.csv", 1, None)
     assert figures["n"] == [1998]
@@ -301,7 +299,7 @@ def test_uptake_follows_the_human_ratings_without_an_encoder_too() -> None:
     assert figures["pjsd"][0] > 0.35
 
 
-@needs_data
+@needs("mathdial", "moves_test_window_1.csv")
 def test_released_moves_are_read() -> None:
     turns, moves = read_moves(DATA / "mathdial" / "moves_test_window_1.csv")
     assert len(turns) == 3100
