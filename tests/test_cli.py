@@ -210,7 +210,7 @@ def test_missing_packages_are_read_from_the_metadata(monkeypatch: pytest.MonkeyP
         "pytest>=8 ; extra == 'text'",
         'other; extra == "web"',
     ]
-    monkeypatch.setattr("preceptor.catalogue.metadata.requires", lambda name: required)
+    monkeypatch.setattr("preceptor.extras.metadata.requires", lambda name: required)
     assert missing_packages("text") == ["torch_absent"]
     assert missing_packages("report") == []
 
