@@ -20,7 +20,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from preceptor.files import writable
 
@@ -157,11 +156,15 @@ def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
 
 def full(value: Tensor) -> Tensor:
     """The whole of a sharded tensor (every process must ask), or the tensor itself."""
+    from torch.distributed.tensor import DTensor
+
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def like(value: Tensor, target: Tensor) -> Tensor:
     """`value` on the device of `target`, and sharded as `target` is if it has its shape."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
     if isinstance(target, DTensor) and value.shape == target.shape:
         return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
     return value.to(target.device)

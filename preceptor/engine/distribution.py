@@ -14,21 +14,22 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from preceptor.engine import checkpoint
 from preceptor.errors import UserError
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch.distributed.fsdp import FSDPModule
+
     from preceptor.engine.settings import Training
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -56,7 +57,7 @@ class Learner:
 
         With further modules in the run (not `alone`), the gradient goes to this one's parameters only.
         """
-        inputs = None if alone or isinstance(self.bare, FSDPModule) else list(self.parameters.values())
+        inputs = None if alone or _sharded(self.bare) is not None else list(self.parameters.values())
         torch.autograd.backward(loss_sum * 0.0 if idle else loss_sum, inputs=inputs)
         kind = torch.float32 if loss_sum.device.type == "mps" else torch.float64
         with torch.no_grad():
@@ -154,6 +155,9 @@ def start(precision: str, trackers: tuple[str, ...], folder: Path) -> Accelerato
     Raises:
         UserError: a tracker is not installed.
     """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
     for tracker in trackers:
         if importlib.util.find_spec(tracker) is None:
             raise UserError(f"The tracker {tracker} is not installed: pip install {tracker}, or do without it.")
@@ -170,6 +174,23 @@ def start(precision: str, trackers: tuple[str, ...], folder: Path) -> Accelerato
         atexit.unregister(_leave)
         atexit.register(_leave)
     return accelerator
+
+
+def seed(number: int, accelerator: Accelerator) -> None:
+    """Seeds the generators of Python, numpy and torch; each of several processes gets a seed of its own."""
+    from accelerate.utils import set_seed
+
+    set_seed(number, device_specific=accelerator.num_processes > 1)
+
+
+def to_device(batch: T, device: torch.device) -> T:
+    """The batch (tensors in lists, dicts, dataclasses with a method ``to``) on the device."""
+    if device.type == "cpu":
+        return batch
+    from accelerate.utils import send_to_device
+
+    moved: T = send_to_device(batch, device)
+    return moved
 
 
 def _leave() -> None:
@@ -217,6 +238,9 @@ def place(module: nn.Module, accelerator: Accelerator, *, shard: bool) -> nn.Mod
     module = module.to(accelerator.device)
     if not shard or accelerator.num_processes == 1:
         return module
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     for value in [*module.parameters(), *module.buffers()]:
         torch.distributed.broadcast(value.data, 0)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
@@ -229,11 +253,18 @@ def place(module: nn.Module, accelerator: Accelerator, *, shard: bool) -> nn.Mod
     return module
 
 
+def _sharded(module: nn.Module) -> FSDPModule | None:
+    """The module as one that FSDP2 has split, or None."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return module if isinstance(module, FSDPModule) else None
+
+
 def synchronise(learners: Iterable[Learner], on: bool) -> None:
     """Whether the coming backward exchanges gradients between processes (that of a step's last micro-batch does)."""
     for learner in learners:
-        if isinstance(learner.bare, FSDPModule):
-            learner.bare.set_requires_gradient_sync(on)
+        if (sharded := _sharded(learner.bare)) is not None:
+            sharded.set_requires_gradient_sync(on)
         elif isinstance(learner.module, DistributedDataParallel):
             learner.module.require_backward_grad_sync = on
 

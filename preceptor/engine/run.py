@@ -23,7 +23,6 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
-from accelerate.utils import send_to_device, set_seed
 from torch import Tensor, nn
 
 from preceptor.engine import checkpoint, distribution
@@ -108,7 +107,7 @@ class Run:
         if self.is_main:
             open_folder(self.folder, config if config is not None else training, resume=resume)
         self.accelerator.wait_for_everyone()
-        set_seed(training.seed, device_specific=self.accelerator.num_processes > 1)
+        distribution.seed(training.seed, self.accelerator)
         self.unwrapped = student
         self._learners: dict[str, distribution.Learner] = {}
         for name, module in {"student": student, **(modules or {})}.items():
@@ -222,7 +221,7 @@ class Run:
                 self._last = part == micro - 1
                 distribution.synchronise(self._learners.values(), self._last)
                 batch = collate(chosen or [examples[0]])
-                yield batch if self.device.type == "cpu" else send_to_device(batch, self.device)
+                yield distribution.to_device(batch, self.device)
         finally:
             self._last, self._in_split, self._idle = True, False, idle
 

@@ -424,7 +424,7 @@ def test_a_run_gives_back_what_an_earlier_one_held(tmp_path):
 def test_the_memory_of_a_large_parent_is_not_counted():
     held = torch.ones(2**27)  # 512 MiB, which a child's getrusage would tell as its own
     script = (
-        "import torch; from preceptor.distribution import memory_mib; before = memory_mib(torch.device('cpu'))\n"
+        "import torch; from preceptor.engine.distribution import memory_mib; before = memory_mib(torch.device('cpu'))\n"
         "held = torch.ones(2**24); print(before, memory_mib(torch.device('cpu')))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
