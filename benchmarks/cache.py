@@ -34,7 +34,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from preceptor.cache import Cache, Plan, Wanted, capture
+from preceptor.cache import Cache, CapturePlan, Wanted, capture
 from preceptor.cache.choice import fit
 from preceptor.cache.codecs import codebook, codec_from, encode
 from preceptor.cache.decoding_error import LogProbs
@@ -319,7 +319,7 @@ def speed(sequences: list[Sequence], *, quick: bool) -> dict[str, float]:
         teachers: dict[str, Teacher] = {"online": FrozenTeacher(teacher)}
         caches = {}
         for kind in ("hidden", "top_k"):
-            plan = Plan(Wanted(100, 2048), kind, sample=1024)
+            plan = CapturePlan(Wanted(100, 2048), kind, sample=1024)
             caches[kind] = capture(
                 teacher, short, Path(folder) / kind, name="smollm2", max_length=length, plan=plan, say=lambda _: None
             )

@@ -18,7 +18,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from preceptor.cache import Cache, Plan, Wanted, capture
+from preceptor.cache import Cache, CapturePlan, Wanted, capture
 from preceptor.distillation.lessons import Lessons, Text, prepare
 from preceptor.distillation.teachers import CachedTeacher, MemoisedTeacher, Teacher
 from preceptor.engine.run import Run
@@ -72,7 +72,7 @@ def _teachers(
     teachers: dict[str, Teacher] = {"online": MemoisedTeacher(exact, lessons.train)}
     sizes: dict[str, float | None] = {"online": None}
     for budget in BUDGETS:
-        plan = Plan(Wanted(budget=budget, k=2048))
+        plan = CapturePlan(Wanted(budget=budget, k=2048))
         name = f"cache, {budget} bytes"
         place = folder / f"cache-{budget}"
         cache: Cache = capture(exact, lessons.train, place, name="smollm2", max_length=max_length, plan=plan)

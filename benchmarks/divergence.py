@@ -173,10 +173,10 @@ def _ours(arm: str, student: Tensor, teacher: Tensor, head: Tensor, teacher_head
 
 def _floor(arm: str, student: Tensor, teacher: Tensor, head: Tensor, teacher_head: Tensor) -> float:
     from preceptor.losses import divergences, fused
-    from preceptor.losses.rows import Objective
+    from preceptor.losses.rows import RowObjective
 
-    objective = Objective("jensen_shannon", 0.5, 1.0, 1.0, 0.0)
-    plan = fused.Plan(
+    objective = RowObjective("jensen_shannon", 0.5, 1.0, 1.0, 0.0)
+    plan = fused.PassPlan(
         objective, "bucket", head.dtype, torch.float32, head.dtype, divergences.CHUNK_BYTES, compiled=True
     )
     chunk = fused.chunk_rows(len(student), len(head), plan, buffers=2)

@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 
 from preceptor import CachedTeacher, Run, Training, collate, divergence, load, make_student
-from preceptor.cache import Plan, Wanted, capture
+from preceptor.cache import CapturePlan, Wanted, capture
 from preceptor.distillation.lessons import Text, prepare
 
 MAX_LENGTH = 256
@@ -21,7 +21,7 @@ def main(
     large = load(teacher)
     text = Text(source="prompts", limit=64, held_out=8, answer_length=32, max_length=MAX_LENGTH)
     lessons = prepare(text, large, seed=0, path=folder / "lessons.jsonl")
-    plan = Plan(Wanted(budget=200, k=2048), kind="auto")
+    plan = CapturePlan(Wanted(budget=200, k=2048), kind="auto")
     cache = capture(large, lessons.train, folder / "cache", name=teacher, max_length=MAX_LENGTH, plan=plan)
     told = cache.summary()
     print(

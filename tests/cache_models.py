@@ -11,7 +11,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from preceptor.cache import Cache, Plan, Wanted, capture
+from preceptor.cache import Cache, CapturePlan, Wanted, capture
 from preceptor.data.sequences import Sequence, collate
 from preceptor.models.language_model import LanguageModel
 
@@ -44,11 +44,11 @@ def make_sequences(count: int, seed: int = 0) -> list[Sequence]:
     return found
 
 
-def plan_of(kind: str, budget: float = 40, **wanted: float) -> Plan:
-    return Plan(Wanted(budget, 64, **wanted), kind, batch_tokens=256, sample=600, shard_bytes=4096)
+def plan_of(kind: str, budget: float = 40, **wanted: float) -> CapturePlan:
+    return CapturePlan(Wanted(budget, 64, **wanted), kind, batch_tokens=256, sample=600, shard_bytes=4096)
 
 
-def kept(teacher: LanguageModel, sequences: list[Sequence], folder: Path, plan: Plan) -> Cache:
+def kept(teacher: LanguageModel, sequences: list[Sequence], folder: Path, plan: CapturePlan) -> Cache:
     return capture(teacher, sequences, folder, name="tiny", max_length=64, plan=plan, say=lambda _: None)
 
 

@@ -7,8 +7,8 @@ nearest by far for teachers of moderate width); the likeliest tokens with the ma
 
 from __future__ import annotations
 
-from preceptor.cache.capture import Plan, capture
+from preceptor.cache.capture import CapturePlan, capture
 from preceptor.cache.choice import Wanted
 from preceptor.cache.reading import Cache
 
-__all__ = ["Cache", "Plan", "Wanted", "capture"]
+__all__ = ["Cache", "CapturePlan", "Wanted", "capture"]

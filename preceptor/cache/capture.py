@@ -30,7 +30,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Plan:
+class CapturePlan:
     """How a capture is done.
 
     ``kind``: one of the three, or ``auto`` to measure a sample of each and choose. ``wanted``: parameters and budget.
@@ -46,8 +46,8 @@ class Plan:
 
 
 def capture(
-    teacher: LanguageModel, sequences: Listed[Sequence], folder: str | Path, *, name: str, max_length: int, plan: Plan,
-    say: Say | None = None,
+    teacher: LanguageModel, sequences: Listed[Sequence], folder: str | Path, *, name: str, max_length: int,
+    plan: CapturePlan, say: Say | None = None,
 ) -> Cache:  # fmt: skip
     """Write what a teacher says of sequences into a cache; those that are there already are left as they are.
 
@@ -102,7 +102,14 @@ def _check(path: Path, sequences: Listed[Sequence]) -> None:
 
 
 def _begin(
-    teacher: LanguageModel, sequences: Listed[Sequence], path: Path, *, name: str, max_length: int, plan: Plan, say: Say
+    teacher: LanguageModel,
+    sequences: Listed[Sequence],
+    path: Path,
+    *,
+    name: str,
+    max_length: int,
+    plan: CapturePlan,
+    say: Say,
 ) -> None:
     sample = _sample(teacher, sequences, plan)
     head = _head(teacher)
@@ -121,7 +128,7 @@ def _begin(
         ) from error
 
 
-def _sample(teacher: LanguageModel, sequences: Listed[Sequence], plan: Plan) -> Tensor:
+def _sample(teacher: LanguageModel, sequences: Listed[Sequence], plan: CapturePlan) -> Tensor:
     """Hidden states of about ``plan.sample`` rows, of sequences spread evenly over the data."""
     rows = sum(sum(sequence.response[1:]) for sequence in sequences)
     count = max(1, min(len(sequences), math.ceil(plan.sample * len(sequences) / rows)))

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from preceptor.cache.decoding_error import LogProbs, chunks, kl_to_hidden
-from preceptor.cache.rans import Decoder, Encoder, Ints, Tables, quantise_frequencies
+from preceptor.cache.rans import Decoder, Ints, RansEncoder, Tables, quantise_frequencies
 from preceptor.knowledge import Head
 from preceptor.models.language_model import project
 
@@ -193,7 +193,7 @@ class HiddenCodec:
 
     def _write(self, rounded: Ints, step: Ints) -> tuple[NDArray[np.uint16], Ints]:
         order, alive = self._order(step)
-        encoder = Encoder(len(step), 64)
+        encoder = RansEncoder(len(step), 64)
         for place in range(rounded.shape[1] - 1, -1, -1):
             count = alive[place]
             if not count:

@@ -69,7 +69,7 @@ def quantise_frequencies(weights: NDArray[np.floating[Any]]) -> NDArray[np.uint1
     return narrow
 
 
-class Encoder:
+class RansEncoder:
     """``lanes`` streams being written, last symbol first."""
 
     def __init__(self, lanes: int, words: int) -> None:

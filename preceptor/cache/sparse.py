@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from preceptor.cache.rans import Decoder, Encoder, Ints, Tables, quantise_frequencies
+from preceptor.cache.rans import Decoder, Ints, RansEncoder, Tables, quantise_frequencies
 
 _BINS = 72  # enough for integers below 2**19
 
@@ -59,7 +59,7 @@ class SparseCodec:
         """Words of all rows one after the other, and words of each row."""
         ranks, levels = self._sorted(rows)
         lanes, active = _by_count(rows.counts)
-        encoder = Encoder(len(rows.counts), 32)
+        encoder = RansEncoder(len(rows.counts), 32)
         for place in range(int(rows.counts.max()) - 1, -1, -1):
             on = lanes[: active[place]]
             model, value = _rank_symbol(ranks, levels, place, on)
@@ -178,7 +178,7 @@ def _binned(value: Ints) -> tuple[Ints, Ints, Ints]:
     return symbol, low, value & ((1 << low) - 1)
 
 
-def _push(encoder: Encoder, tables: Tables, model: Ints, value: Ints, lanes: Ints) -> None:
+def _push(encoder: RansEncoder, tables: Tables, model: Ints, value: Ints, lanes: Ints) -> None:
     symbol, low, rest = _binned(value)
     encoder.push_raw(rest, low, lanes)
     encoder.push(tables, model, symbol, lanes)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from preceptor.cache.capture import Plan, capture
+from preceptor.cache.capture import CapturePlan, capture
 from preceptor.cache.choice import Wanted
 from preceptor.cache.distillkit import import_distillkit
 from preceptor.cache.reading import Cache
@@ -90,7 +90,7 @@ def _capture(config: Config) -> Cache:
     examples = [] if sequences else read(config.data, split=config.split, limit=config.limit)
     teacher = load(config.teacher, dtype=config.dtype)
     sequences = sequences or encode(examples, teacher.tokenizer, max_length=config.max_length)
-    plan = Plan(wanted, config.kind, config.batch_tokens, config.sample)
+    plan = CapturePlan(wanted, config.kind, config.batch_tokens, config.sample)
     return capture(teacher, sequences, config.output, name=config.teacher, max_length=config.max_length, plan=plan)
 
 

@@ -49,7 +49,7 @@ PREFILL_TOKENS, DECODED_TOKENS, REPEATS = 128, 16, 5
 
 
 @dataclass(frozen=True)
-class Said:
+class ModelOutputs:
     """What a model says at the positions that predict response tokens: (rows, width) a sequence, and its head."""
 
     rows: list[Tensor]
@@ -101,7 +101,7 @@ class LanguageMeasures:
 
 
 @torch.no_grad()
-def ask(model: LanguageModel, sequences: Listed[Sequence], *, batch_size: int = 8) -> Said:
+def ask(model: LanguageModel, sequences: Listed[Sequence], *, batch_size: int = 8) -> ModelOutputs:
     """What a model says of sequences, once, for the evaluation of any number of students.
 
     Holds (response tokens, width) values in the model's precision, in the computer's memory; no logits.
@@ -121,15 +121,15 @@ def ask(model: LanguageModel, sequences: Listed[Sequence], *, batch_size: int = 
             for index, states, predicts in zip(chosen, hidden, batch.predicts):
                 rows[index] = states[predicts].cpu()
     head = model.head
-    return Said(rows, replace(head, weight=head.weight.detach()))
+    return ModelOutputs(rows, replace(head, weight=head.weight.detach()))
 
 
 def evaluate_language(
     student: LanguageModel,
-    teacher: LanguageModel | Said | None,
+    teacher: LanguageModel | ModelOutputs | None,
     sequences: Listed[Sequence],
     *,
-    said: Said | None = None,
+    said: ModelOutputs | None = None,
     batch_size: int = 8,
     speed: bool = True,
     chunk_bytes: int = CHUNK_BYTES,
@@ -290,7 +290,9 @@ def _labels(sequence: Sequence) -> Tensor:
     )
 
 
-def _figures(said: Said, teacher: Said | None, labels: Listed[Tensor], chunk_bytes: int) -> list[Tensor]:
+def _figures(
+    said: ModelOutputs, teacher: ModelOutputs | None, labels: Listed[Tensor], chunk_bytes: int
+) -> list[Tensor]:
     """Six float64 columns (rows,): forward KL, reverse KL, agreement, cross-entropy, confidence, whether right."""
     size = said.head.weight.shape[0]
     if teacher is not None and teacher.head.weight.shape[0] != size:

@@ -37,7 +37,7 @@ INSUFFICIENT = "insufficient data"
 
 
 @dataclass(frozen=True)
-class Watch:
+class WatchBounds:
     """How closely a run is watched."""
 
     window: float = 0.4
@@ -59,7 +59,7 @@ class Watch:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class PowerLawVerdict:
     """What was found: the law's exponent a, its c and the R² of the fit, and the step from which the run departs.
 
     ``above``: of a run that departs, on which side of its law the first departing checkpoint lies.
@@ -160,7 +160,7 @@ def law_r_squared(points: Sequence[tuple[int, float]]) -> float | None:
     return _fit(points).r_squared
 
 
-def find_departure(points: Sequence[tuple[int, float]], watch: Watch = Watch()) -> Verdict:
+def find_departure(points: Sequence[tuple[int, float]], watch: WatchBounds = WatchBounds()) -> PowerLawVerdict:
     """Fit the law on the first points and judge those after them.
 
     Args:
@@ -168,15 +168,15 @@ def find_departure(points: Sequence[tuple[int, float]], watch: Watch = Watch()) 
         watch: window and bounds.
 
     Returns:
-        A `Verdict`; "insufficient data" with fewer than 6 points to fit and 3 to judge, or a value that is not a
-        positive finite number.
+        A `PowerLawVerdict`; "insufficient data" with fewer than 6 points to fit and 3 to judge, or a value that is not
+        a positive finite number.
     """
     if why := _insufficient(points, NEEDED):
-        return Verdict(reason=f"{INSUFFICIENT}: {why}")
+        return PowerLawVerdict(reason=f"{INSUFFICIENT}: {why}")
     size = min(max(FEWEST, round(watch.window * len(points))), len(points) - IN_A_ROW)
     line = _fit(points[:size])
     rising = _rise([value for _, value in points]) > watch.residual * line.deviation
-    verdict = Verdict(
+    verdict = PowerLawVerdict(
         -line.slope, line.intercept, line.r_squared, rising=rising, fitted=size, judged=len(points) - size
     )
     run = 0
@@ -218,17 +218,17 @@ class Watcher:
         watch: window and bounds.
     """
 
-    def __init__(self, training: Training, watch: Watch = Watch()) -> None:
+    def __init__(self, training: Training, watch: WatchBounds = WatchBounds()) -> None:
         self.training, self.watch = training, watch
         self.points: list[tuple[int, float]] = []
         self.total = 0
 
     @property
-    def verdict(self) -> Verdict:
+    def verdict(self) -> PowerLawVerdict:
         """What is to be said of the checkpoints so far."""
         return find_departure(constant_part(self.points, self.training, self.total), self.watch)
 
-    def see(self, step: int, proxy: float, *, total: int) -> Verdict:
+    def see(self, step: int, proxy: float, *, total: int) -> PowerLawVerdict:
         """Take one checkpoint of a run of ``total`` steps, and judge the run so far."""
         self.points.append((step, proxy))
         self.total = total

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from preceptor.evaluation.power_law import Verdict
+from preceptor.evaluation.power_law import PowerLawVerdict
 from preceptor.report.figures import COLOURS, FLAG, INK, _axes, _figure, _write
 
 
-def draw_law(path: Path, points: Sequence[tuple[int, float]], verdict: Verdict, caption: str) -> None:
+def draw_law(path: Path, points: Sequence[tuple[int, float]], verdict: PowerLawVerdict, caption: str) -> None:
     """The proxy over the steps in log-log, the law that was fitted, and the step from which it is left, if any.
 
     Args:

@@ -11,7 +11,7 @@ from itertools import islice
 from preceptor.language.gate import Gate, Size, Stopped
 from preceptor.language.messages import Answer, Backend, CallFailed, Reply, Request
 from preceptor.language.progress import Ticker
-from preceptor.language.store import AT_ONCE, Kept, Store, key_of
+from preceptor.language.store import AT_ONCE, Store, StoredAnswer, key_of
 from preceptor.language.structured import corrected, instructed, read_json
 
 FAILURES_IN_A_ROW = 8  # calls that failed at every attempt, before the endpoint is taken to be gone
@@ -154,11 +154,11 @@ class Asking:
             job.called = True
             key, asked = job.key, job.asked
             if isinstance(answer, CallFailed):
-                kept.append(Kept(key, asked, Answer("", 0, 0), answer.reason))
+                kept.append(StoredAnswer(key, asked, Answer("", 0, 0), answer.reason))
                 self._fail(job, answer.reason)
                 continue
             reply = self._advance(job, answer)
-            kept.append(Kept(key, asked, answer, reply.error if reply else ""))
+            kept.append(StoredAnswer(key, asked, answer, reply.error if reply else ""))
             if reply is None:
                 going.append(job)
             else:

@@ -47,7 +47,7 @@ WHERE excluded.error = '' OR answers.error <> ''
 
 
 @dataclass(frozen=True)
-class Kept:
+class StoredAnswer:
     """A row: what one call came to. ``request`` is what the caller asked; ``error`` why that has no answer."""
 
     key: bytes
@@ -106,7 +106,7 @@ class Store:
             found |= {key: (Answer(text, read, wrote, bool(cut)), error) for key, text, read, wrote, cut, error in rows}
         return found
 
-    def keep(self, identity: str, rows: Iterable[Kept]) -> None:
+    def keep(self, identity: str, rows: Iterable[StoredAnswer]) -> None:
         """Write rows in one transaction.
 
         Raises:

@@ -39,7 +39,7 @@ from preceptor.errors import UserError
 from preceptor.knowledge import Head, SoftTargets
 from preceptor.losses import Loss
 from preceptor.losses.chunked import CHUNK_BYTES, blocks, nothing, packed, product_type, says, summed, wide
-from preceptor.losses.rows import Logits, Objective, Student
+from preceptor.losses.rows import Logits, RowObjective, StudentRows
 
 FLOOR = -30.0  # log-probabilities as f_sub is shown them go down to here
 
@@ -241,11 +241,11 @@ def clipped_kl(
     wanted = targets[mask]
     taught = torch.full_like(wanted, -100) if labels is None else labels[mask]
     seen: list[Classes] = []
-    objective = Objective("forward_kl", 0.0, 1.0, weight, label_weight)
+    objective = RowObjective("forward_kl", 0.0, 1.0, weight, label_weight)
 
     def score(z: Tensor, part: slice) -> Tensor:
         product = product_type(hidden)
-        student = Student(z, Logits(head.scale, head.softcap), objective, wide(product))
+        student = StudentRows(z, Logits(head.scale, head.softcap), objective, wide(product))
         log_p = says(said, part, product)
         ids, classes = considered(log_p, student.s, wanted[part], clipping.top)
         lower, upper = _quantiles(classes, clipping, quantiles)

@@ -28,8 +28,8 @@ from torch import Tensor
 from preceptor.errors import UserError
 from preceptor.knowledge import Head, HiddenTargets, LogitTargets, SampledTargets, SoftTargets, TopKTargets
 from preceptor.losses import Loss
-from preceptor.losses.fused import FusedDivergence, Plan
-from preceptor.losses.rows import IGNORED, STATS, Kind, Objective
+from preceptor.losses.fused import FusedDivergence, PassPlan
+from preceptor.losses.rows import IGNORED, STATS, Kind, RowObjective
 
 CHUNK_BYTES = 80 * 2**20
 
@@ -96,7 +96,7 @@ def divergence(
     if rows.shape[0] == 0:
         return _empty(hidden, head, teacher, labels)
     objective = _objective(kind, beta, alpha, temperature=temperature, gain=weight, label_gain=label_weight)
-    plan = Plan(objective, tail, *_dtypes(rows, head.weight, float32_gradient), chunk_bytes, compiled)
+    plan = PassPlan(objective, tail, *_dtypes(rows, head.weight, float32_gradient), chunk_bytes, compiled)
     total, sums = FusedDivergence.apply(  # type: ignore[no-untyped-call]
         rows, head.weight, head.bias, head, said, chosen, plan
     )
@@ -119,18 +119,18 @@ def _names(teacher: SoftTargets | None, labels: Tensor | None) -> list[str]:
 
 def _objective(
     kind: Kind, beta: float, alpha: float, *, temperature: float, gain: float, label_gain: float
-) -> Objective:
+) -> RowObjective:
     """The divergence to compute: kinds whose mixture is one of the two sides become the plain ones."""
     mix = beta if kind == "jensen_shannon" else alpha
     if mix == 0.0 and kind in ("jensen_shannon", "skew_kl"):
         kind = "forward_kl"
     elif (mix == 1.0 and kind == "jensen_shannon") or (mix == 0.0 and kind == "skew_reverse_kl"):
         kind = "reverse_kl"
-    return Objective(kind=kind, mix=mix, temperature=temperature, gain=gain * temperature**2, label_gain=label_gain)
+    return RowObjective(kind=kind, mix=mix, temperature=temperature, gain=gain * temperature**2, label_gain=label_gain)
 
 
 def _dtypes(rows: Tensor, weight: Tensor, float32_gradient: bool) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
-    """The dtypes of products, of everything by element, and of the sum of the head's gradient (see `Plan`)."""
+    """The dtypes of products, of everything by element, and of the sum of the head's gradient (see `PassPlan`)."""
     device, product = rows.device.type, rows.dtype
     if torch.is_autocast_enabled(device) and product != torch.float64:
         product = torch.get_autocast_dtype(device)

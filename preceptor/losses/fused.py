@@ -16,8 +16,8 @@ from preceptor.losses.products import add_weight_gradient, hidden_gradient, logi
 from preceptor.losses.rows import (
     STATS,
     Logits,
-    Objective,
-    Said,
+    RowObjective,
+    RowTargets,
     bucket_rows,
     dense_rows,
     sampled_rows,
@@ -35,14 +35,14 @@ FEWEST_ROWS = 16
 
 
 @dataclass(frozen=True)
-class Plan:
+class PassPlan:
     """How one pass is carried out.
 
     ``product_dtype`` is the dtype of the matrix products, ``work_dtype`` that of everything by element,
     ``sum_dtype`` that in which the head's gradient is summed over chunks, ``chunk_bytes`` the memory for logits.
     """
 
-    objective: Objective
+    objective: RowObjective
     tail: str
     product_dtype: torch.dtype
     work_dtype: torch.dtype
@@ -51,7 +51,7 @@ class Plan:
     compiled: bool
 
 
-def chunk_rows(rows: int, vocabulary: int, plan: Plan, buffers: int) -> int:
+def chunk_rows(rows: int, vocabulary: int, plan: PassPlan, buffers: int) -> int:
     """Rows per chunk: chunks of equal size whose logits fit in the budget."""
     most = max(1, plan.chunk_bytes // (buffers * vocabulary * plan.product_dtype.itemsize))
     even = math.ceil(rows / math.ceil(rows / most))
@@ -61,23 +61,23 @@ def chunk_rows(rows: int, vocabulary: int, plan: Plan, buffers: int) -> int:
 class _Teacher:
     """A teacher read chunk by chunk; its logits live in one buffer."""
 
-    def __init__(self, targets: SoftTargets | None, vocabulary: int, plan: Plan) -> None:
+    def __init__(self, targets: SoftTargets | None, vocabulary: int, plan: PassPlan) -> None:
         self.targets, self.vocabulary, self.plan = targets, vocabulary, plan
         self.spread = isinstance(targets, TopKTargets) and plan.tail == "uniform"
         self.buffers = 2 if isinstance(targets, HiddenTargets) or self.spread else 1
         self.buffer: Tensor | None = None
 
-    def says(self, rows: slice) -> Said:
+    def says(self, rows: slice) -> RowTargets:
         targets, plan, heat = self.targets, self.plan, self.plan.objective.temperature
         if isinstance(targets, SampledTargets):
-            return Said("sampled", ids=targets.ids[rows], values=targets.weights[rows])
+            return RowTargets("sampled", ids=targets.ids[rows], values=targets.weights[rows])
         if isinstance(targets, LogitTargets):
-            return Said("dense", logits=targets.logits[rows])
+            return RowTargets("dense", logits=targets.logits[rows])
         if isinstance(targets, TopKTargets):
             values = with_tail(targets.log_probs[rows].to(plan.work_dtype), self.vocabulary, heat)
             if plan.tail == "bucket":
-                return Said("bucket", ids=targets.ids[rows], values=values)
-            return Said("dense", logits=spread_rows(targets.ids[rows], values, self.vocabulary).mul_(heat))
+                return RowTargets("bucket", ids=targets.ids[rows], values=values)
+            return RowTargets("dense", logits=spread_rows(targets.ids[rows], values, self.vocabulary).mul_(heat))
         if isinstance(targets, HiddenTargets):
             x, product = targets.hidden[rows], plan.product_dtype
             x = x.to(product if product.itemsize < 4 else torch.promote_types(x.dtype, product))
@@ -85,11 +85,11 @@ class _Teacher:
                 self.buffer = torch.empty(x.shape[0], self.vocabulary, dtype=x.dtype, device=x.device)
             logits = self.buffer[: x.shape[0]]
             logits_into(logits, x, targets.head.weight, targets.head.bias)
-            return Said("dense", logits=logits, form=Logits(targets.head.scale, targets.head.softcap))
-        return Said("labels")
+            return RowTargets("dense", logits=logits, form=Logits(targets.head.scale, targets.head.softcap))
+        return RowTargets("labels")
 
 
-def _score(z: Tensor, form: Logits, said: Said, labels: Tensor | None, plan: Plan, gradient: bool) -> Tensor:
+def _score(z: Tensor, form: Logits, said: RowTargets, labels: Tensor | None, plan: PassPlan, gradient: bool) -> Tensor:
     """Statistics (rows, 5) of one chunk, whose products become gradients."""
     if plan.compiled and plan.work_dtype == torch.float32 and kernel.usable(z):
         return kernel.score(z, form, said, labels, plan.objective, gradient=gradient)
@@ -115,7 +115,7 @@ class FusedDivergence(torch.autograd.Function):
         head: Head,
         targets: SoftTargets | None,
         labels: Tensor | None,
-        plan: Plan,
+        plan: PassPlan,
     ) -> tuple[Tensor, Tensor]:
         """Return the weighted sum and the sums of the statistics (see `rows.STATS`)."""
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]

@@ -21,7 +21,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from preceptor.losses.rows import STATS, Kind, Logits, Objective, Said, bucket_rows, dense_rows, with_tail
+from preceptor.losses.rows import STATS, Kind, Logits, RowObjective, RowTargets, bucket_rows, dense_rows, with_tail
 
 FLAGS = (
     "-O3",
@@ -64,7 +64,7 @@ def status() -> str:
 
 
 def score(
-    product: Tensor, form: Logits, said: Said, labels: Tensor | None, objective: Objective, *, gradient: bool
+    product: Tensor, form: Logits, said: RowTargets, labels: Tensor | None, objective: RowObjective, *, gradient: bool
 ) -> Tensor:
     """As `rows.dense_rows` and its siblings: statistics (rows, 5); ``product`` becomes its gradient."""
     library = _library()[0]
@@ -77,9 +77,9 @@ def _run(
     library: ctypes.CDLL,
     product: Tensor,
     form: Logits,
-    said: Said,
+    said: RowTargets,
     labels: Tensor | None,
-    objective: Objective,
+    objective: RowObjective,
     *,
     gradient: bool,
 ) -> Tensor:
@@ -158,10 +158,10 @@ def _agrees(library: ctypes.CDLL) -> bool:
     labels = torch.tensor([3, 69], device="cpu")
     kept, ids = torch.log_softmax(teacher, -1).topk(5)
     form = Logits(0.8, 9.0)
-    said = (Said("dense", logits=teacher), Said("bucket", ids=ids, values=with_tail(kept, 70, 1.5)))
+    said = (RowTargets("dense", logits=teacher), RowTargets("bucket", ids=ids, values=with_tail(kept, 70, 1.5)))
     cases = [(kind, one, dtype) for kind in get_args(Kind) for one in said for dtype in TYPES]
     for kind, one, dtype in cases:
-        objective = Objective(kind, mix=0.3, temperature=1.5, gain=1.0, label_gain=0.5)
+        objective = RowObjective(kind, mix=0.3, temperature=1.5, gain=1.0, label_gain=0.5)
         ours, theirs = student.to(dtype, copy=True), student.to(dtype, copy=True)
         stats = _run(library, ours, form, one, labels, objective, gradient=True)
         rows = dense_rows if one.mode == "dense" else bucket_rows

@@ -32,7 +32,7 @@ class Logits:
 
 
 @dataclass(frozen=True)
-class Objective:
+class RowObjective:
     """What is asked of each row: a divergence of one kind at a temperature, and cross-entropy to a label.
 
     ``mix`` is beta (Jensen-Shannon) or alpha (skewed kinds). ``gain`` multiplies the divergence in the gradient,
@@ -47,7 +47,7 @@ class Objective:
 
 
 @dataclass(frozen=True)
-class Said:
+class RowTargets:
     """What a teacher says about a block of rows.
 
     ``mode``: ``"labels"`` (nothing), ``"dense"`` (``logits``, products when ``form`` says so), ``"bucket"`` (``ids``
@@ -60,10 +60,10 @@ class Said:
     ids: Tensor | None = None
     values: Tensor | None = None
 
-    def __getitem__(self, rows: slice) -> Said:
+    def __getitem__(self, rows: slice) -> RowTargets:
         """The same about some of the rows."""
         logits, ids, values = (None if x is None else x[rows] for x in (self.logits, self.ids, self.values))
-        return Said(self.mode, logits, self.form, ids, values)
+        return RowTargets(self.mode, logits, self.form, ids, values)
 
 
 def _times(probability: Tensor, value: Tensor) -> Tensor:
@@ -112,10 +112,10 @@ def divergence_of(kind: Kind, mix: float, s: Tensor, t: Tensor, *, gradient: boo
     return value, slope - q * slope.sum(-1, keepdim=True)
 
 
-class Student:
+class StudentRows:
     """The student's side of a block of rows: log-probabilities at the temperature, and the way back to the product."""
 
-    def __init__(self, product: Tensor, form: Logits, objective: Objective, work: torch.dtype) -> None:
+    def __init__(self, product: Tensor, form: Logits, objective: RowObjective, work: torch.dtype) -> None:
         z = product.to(work) * form.scale
         self.back = form.scale
         self.curve: Tensor | None = None
@@ -126,7 +126,7 @@ class Student:
         self.s1 = self.s if objective.temperature == 1.0 else torch.log_softmax(z, -1)
         self.temperature = objective.temperature
 
-    def write(self, out: Tensor, objective: Objective, du: Tensor | None, labels: Tensor | None) -> None:
+    def write(self, out: Tensor, objective: RowObjective, du: Tensor | None, labels: Tensor | None) -> None:
         """Put the gradient with respect to the product into ``out``."""
         total = torch.zeros_like(self.s) if du is None else du * (objective.gain / self.temperature)
         if labels is not None and objective.label_gain != 0:
@@ -154,9 +154,9 @@ class Student:
 def dense_rows(
     product: Tensor,
     form: Logits,
-    said: Said,
+    said: RowTargets,
     labels: Tensor | None,
-    objective: Objective,
+    objective: RowObjective,
     *,
     work: torch.dtype,
     gradient: bool,
@@ -165,7 +165,7 @@ def dense_rows(
 
     With ``gradient`` the student's ``product`` is overwritten by the gradient with respect to it.
     """
-    student = Student(product, form, objective, work)
+    student = StudentRows(product, form, objective, work)
     value = teacher_entropy = agreement = torch.zeros_like(student.s[:, 0])
     du = None
     if said.logits is not None:
@@ -226,9 +226,9 @@ def spread_rows(ids: Tensor, values: Tensor, vocabulary: int) -> Tensor:
 def bucket_rows(
     product: Tensor,
     form: Logits,
-    said: Said,
+    said: RowTargets,
     labels: Tensor | None,
-    objective: Objective,
+    objective: RowObjective,
     *,
     work: torch.dtype,
     gradient: bool,
@@ -236,7 +236,7 @@ def bucket_rows(
     """As `dense_rows` for top-k targets: a divergence of k + 1 classes, the last one all unlisted tokens together."""
     assert said.ids is not None
     assert said.values is not None
-    student = Student(product, form, objective, work)
+    student = StudentRows(product, form, objective, work)
     t = said.values.to(work)
     used, best, safe = _used(said.ids, t[:, :-1])
     rest = student.s.scatter(-1, safe, -math.inf)
@@ -257,9 +257,9 @@ def bucket_rows(
 def sampled_rows(
     product: Tensor,
     form: Logits,
-    said: Said,
+    said: RowTargets,
     labels: Tensor | None,
-    objective: Objective,
+    objective: RowObjective,
     *,
     work: torch.dtype,
     gradient: bool,
@@ -270,7 +270,7 @@ def sampled_rows(
     """
     assert said.ids is not None
     assert said.values is not None
-    student = Student(product, form, objective, work)
+    student = StudentRows(product, form, objective, work)
     weights = said.values.to(work)
     value = -_times(weights, student.s.gather(-1, said.ids)).sum(-1)
     zero = torch.zeros_like(value)

@@ -16,7 +16,7 @@ from preceptor.errors import UserError
 from preceptor.knowledge import Head, HiddenTargets, LogitTargets, SoftTargets
 from preceptor.losses import Loss
 from preceptor.losses.chunked import CHUNK_BYTES, blocks, nothing, packed, product_type, says, summed, wide
-from preceptor.losses.rows import Logits, Objective, Student
+from preceptor.losses.rows import Logits, RowObjective, StudentRows
 
 
 def span_consistency(
@@ -59,11 +59,11 @@ def span_consistency(
     used = torch.unique(torch.cat([pairs, pairs + 1]))
     first = torch.searchsorted(used, pairs)
     said = _some(said, used)
-    objective = Objective("forward_kl", 0.0, 1.0, 1.0, 0.0)
+    objective = RowObjective("forward_kl", 0.0, 1.0, 1.0, 0.0)
 
     def score(z: Tensor, part: slice) -> Tensor:
         product = product_type(hidden)
-        student = Student(z, Logits(head.scale, head.softcap), objective, wide(product))
+        student = StudentRows(z, Logits(head.scale, head.softcap), objective, wide(product))
         q, p = student.s.exp(), says(said, part, product).exp_()
         here = first[(first >= part.start) & (first < part.stop - 1)] - part.start
         gap = q[here] * q[here + 1] - p[here] * p[here + 1]

@@ -28,14 +28,14 @@ from preceptor.sandbox.syscalls import ARCHITECTURES
 from preceptor.sandbox.values import Expectation, read_tests
 from preceptor.sandbox.verdicts import Reason, Verdict, conclude
 
-__all__ = ["Expectation", "Limits", "Program", "Reason", "Sandbox", "Verdict", "read_tests", "sandbox_layers"]
+__all__ = ["Expectation", "SandboxLimits", "Program", "Reason", "Sandbox", "Verdict", "read_tests", "sandbox_layers"]
 
 
 LONGEST_SOURCE = 1 << 16  # characters
 
 
 @dataclass(frozen=True)
-class Limits:
+class SandboxLimits:
     """What one program may use, over all its tests."""
 
     processor: float = 2.0
@@ -79,7 +79,7 @@ class Sandbox:
 
     def __init__(
         self,
-        limits: Limits = Limits(),  # noqa: B008 (frozen)
+        limits: SandboxLimits = SandboxLimits(),  # noqa: B008 (frozen)
         *,
         workers: int = 0,
         allow_weak: bool = False,

@@ -55,7 +55,7 @@ PRELOADED = (
 
 
 @dataclass
-class Watch:
+class RunningProgram:
     """A running program: its process, the descriptors to watch, and what became of it."""
 
     process: int
@@ -154,7 +154,7 @@ class Worker:
             os.close(one)
         theirs.close()
         listener = self._receive(mine)
-        watch = Watch(process, os.pidfd_open(process), listener, results, output)
+        watch = RunningProgram(process, os.pidfd_open(process), listener, results, output)
         watch.written = {results: bytearray(), output: bytearray()}
         try:
             self._watch(watch, started + self.settings["wall"])
@@ -183,7 +183,7 @@ class Worker:
             _, descriptors, _, _ = socket.recv_fds(mine, 1, 1)
         return descriptors[0] if descriptors else -1
 
-    def _watch(self, watch: Watch, deadline: float) -> None:
+    def _watch(self, watch: RunningProgram, deadline: float) -> None:
         poll = select.poll()
         for one in (watch.handle, watch.listener, watch.results, watch.output):
             if one >= 0:
@@ -204,7 +204,7 @@ class Worker:
                 self._drain(watch)
                 return
 
-    def _read(self, watch: Watch, descriptor: int) -> int:
+    def _read(self, watch: RunningProgram, descriptor: int) -> int:
         piece = os.read(descriptor, 1 << 16)
         held = watch.written[descriptor]
         held += piece
@@ -215,14 +215,14 @@ class Worker:
             watch.end("output", f"it {what} more than {most} bytes")
         return len(piece)
 
-    def _drain(self, watch: Watch) -> None:
+    def _drain(self, watch: RunningProgram) -> None:
         for descriptor in watch.written:
             os.set_blocking(descriptor, False)
             with contextlib.suppress(BlockingIOError):
                 while self._read(watch, descriptor):
                     pass
 
-    def _decide(self, watch: Watch) -> None:
+    def _decide(self, watch: RunningProgram) -> None:
         """Answer one system call that the filter holds back: let it go on, refuse it, or end the program."""
         notice = bytearray(80)
         try:
@@ -235,7 +235,7 @@ class Worker:
             with contextlib.suppress(OSError):
                 fcntl.ioctl(watch.listener, SEND, bytearray(struct.pack("<QqiI", identity, 0, error, flags)), True)
 
-    def _judge(self, watch: Watch, process: int, number: int, arguments: Sequence[int]) -> tuple[int, int]:
+    def _judge(self, watch: RunningProgram, process: int, number: int, arguments: Sequence[int]) -> tuple[int, int]:
         """The error (0 or negative) and the flags of the answer to a system call; it may end the program."""
         name = self.names.get(number, "")
         if name in syscalls.OPENING:
@@ -252,7 +252,9 @@ class Worker:
             watch.end("thread" if _is_thread(self.kernel, process, name, arguments) else reason, name)
         return -1, 0  # EPERM
 
-    def _judge_path(self, watch: Watch, process: int, place: int, address: int, makes: bool) -> tuple[int, int]:
+    def _judge_path(
+        self, watch: RunningProgram, process: int, place: int, address: int, makes: bool
+    ) -> tuple[int, int]:
         """Landlock decides about paths; this finds what the verdict should name, and counts the files that are made."""
         path = self.kernel.text(process, address)
         relative = not path.startswith("/")

@@ -79,7 +79,7 @@ _NAMED = re.compile(r"(?:(?P<name>[a-zA-Z]\w*)\s*)?=\s*")
 
 
 @dataclass(frozen=True)
-class Answer:
+class Quantity:
     """A number and its unit: one of ``UNITS``, another word as it was written, or empty."""
 
     value: Fraction
@@ -108,7 +108,7 @@ def parts(text: str) -> Parts | None:
     return Parts(answer.value, (named and named["name"]) or "", (match["currency"] or "").strip(), after)
 
 
-def parse(text: str, *, strict: bool = False) -> Answer | None:
+def parse(text: str, *, strict: bool = False) -> Quantity | None:
     r"""The final answer of a text, or None where none can be read.
 
     The last of ``\boxed{...}``, ``#### ...`` and "answer is ..." decides, where there is one; an "answer is" without a
@@ -180,7 +180,7 @@ def _plain(text: str) -> str:
     return re.sub(r"[ \t\xa0]+", " ", text.replace("per cent", "%").replace("**", ""))
 
 
-def _marked(text: str, mark: re.Match[str]) -> Answer | None:
+def _marked(text: str, mark: re.Match[str]) -> Quantity | None:
     rest = text[mark.end() :]
     if mark[0].startswith("\\"):
         return _whole(_inside(rest))
@@ -203,7 +203,7 @@ def _inside(text: str) -> str:
     return ""
 
 
-def _whole(text: str) -> Answer | None:
+def _whole(text: str) -> Quantity | None:
     """The number that the text is, beside a name before and some words of a unit after it."""
     text = text.strip().lstrip("*_\"'`:").rstrip("*_\"'`.!:").strip()
     text = text[named.end() :] if (named := _NAMED.match(text)) else text
@@ -218,7 +218,7 @@ def _numbers(text: str) -> list[re.Match[str]]:
     return [match for match in _NUMBER.finditer(text) if not re.search(r"[\w.]", text[: match.start("top")][-1:])]
 
 
-def _value(match: re.Match[str], text: str) -> Answer | None:
+def _value(match: re.Match[str], text: str) -> Quantity | None:
     if max(len(match[part] or "") for part in ("whole", "top", "bottom")) > DIGITS:
         return None
     if len(match["power"] or "") > 5 or abs(int(match["power"] or 0)) > EXPONENT:
@@ -230,7 +230,7 @@ def _value(match: re.Match[str], text: str) -> Answer | None:
     before = text[: match.start()].rstrip()
     minus = (match["sign"] or "").strip() == "-" and not re.search(r"[\w)%]$", before)
     written_unit = (match["unit"] or match["currency"] or "").strip()
-    return Answer(-value if minus != bool(match["inner"]) else value, short_unit(written_unit))
+    return Quantity(-value if minus != bool(match["inner"]) else value, short_unit(written_unit))
 
 
 def short_unit(word: str) -> str:

@@ -21,7 +21,7 @@ FORMAT = "Show the working, then end with a line that holds #### and the number.
 
 
 @dataclass(frozen=True)
-class Problem:
+class ArithmeticProblem:
     """A problem in its two forms, the working and the answer."""
 
     compact: str
@@ -86,97 +86,99 @@ class Arithmetic:
         return Item("", self.name, skill, subskill, text, problem.answer, work=problem.work)
 
 
-def _add(digits: int) -> Callable[[Random], Problem]:
-    def draw(stream: Random) -> Problem:
+def _add(digits: int) -> Callable[[Random], ArithmeticProblem]:
+    def draw(stream: Random) -> ArithmeticProblem:
         a, b = _number(stream, digits), _number(stream, digits)
-        return Problem(f"{a}+{b}=", f"What is {a} plus {b}?", f"{a} + {b} = {a + b}", f"{a + b}")
+        return ArithmeticProblem(f"{a}+{b}=", f"What is {a} plus {b}?", f"{a} + {b} = {a + b}", f"{a + b}")
 
     return draw
 
 
-def _subtract(digits: int, *, below_zero: bool = False) -> Callable[[Random], Problem]:
-    def draw(stream: Random) -> Problem:
+def _subtract(digits: int, *, below_zero: bool = False) -> Callable[[Random], ArithmeticProblem]:
+    def draw(stream: Random) -> ArithmeticProblem:
         a, b = sorted((_number(stream, digits), _number(stream, digits)), reverse=not below_zero)
-        return Problem(f"{a}-{b}=", f"What is {a} minus {b}?", f"{a} - {b} = {a - b}", f"{a - b}")
+        return ArithmeticProblem(f"{a}-{b}=", f"What is {a} minus {b}?", f"{a} - {b} = {a - b}", f"{a - b}")
 
     return draw
 
 
-def _multiply(digits: int) -> Callable[[Random], Problem]:
-    def draw(stream: Random) -> Problem:
+def _multiply(digits: int) -> Callable[[Random], ArithmeticProblem]:
+    def draw(stream: Random) -> ArithmeticProblem:
         a, b = _number(stream, digits, least=2), stream.randint(2, 9)
-        return Problem(f"{a}*{b}=", f"What is {a} times {b}?", f"{a} × {b} = {a * b}", f"{a * b}")
+        return ArithmeticProblem(f"{a}*{b}=", f"What is {a} times {b}?", f"{a} × {b} = {a * b}", f"{a * b}")
 
     return draw
 
 
-def _powers(stream: Random) -> Problem:
+def _powers(stream: Random) -> ArithmeticProblem:
     a, b = stream.randint(2, 999), stream.choice((10, 100, 1000))
-    return Problem(f"{a}*{b}=", f"What is {a} times {b}?", f"{a} × {b} = {a * b}", f"{a * b}")
+    return ArithmeticProblem(f"{a}*{b}=", f"What is {a} times {b}?", f"{a} × {b} = {a * b}", f"{a * b}")
 
 
-def _divide(largest: int) -> Callable[[Random], Problem]:
-    def draw(stream: Random) -> Problem:
+def _divide(largest: int) -> Callable[[Random], ArithmeticProblem]:
+    def draw(stream: Random) -> ArithmeticProblem:
         b, c = stream.randint(2, 9), stream.randint(2, largest)
-        return Problem(f"{b * c}/{b}=", f"What is {b * c} divided by {b}?", f"{b * c} ÷ {b} = {c}", f"{c}")
+        return ArithmeticProblem(f"{b * c}/{b}=", f"What is {b * c} divided by {b}?", f"{b * c} ÷ {b} = {c}", f"{c}")
 
     return draw
 
 
-def _remainder(stream: Random) -> Problem:
+def _remainder(stream: Random) -> ArithmeticProblem:
     a, b = stream.randint(10, 99), stream.randint(3, 9)
     worded = f"What is the remainder when {a} is divided by {b}?"
-    return Problem(f"{a}mod{b}=", worded, f"{a} = {a // b} × {b} + {a % b}", f"{a % b}")
+    return ArithmeticProblem(f"{a}mod{b}=", worded, f"{a} = {a // b} × {b} + {a % b}", f"{a % b}")
 
 
-def _same_denominator(stream: Random) -> Problem:
+def _same_denominator(stream: Random) -> ArithmeticProblem:
     b = stream.choice((5, 7, 11, 13, 17, 19))  # primes, and a sum below 1: nothing to cancel
     a = stream.randint(1, b - 2)
     c = stream.randint(1, b - 1 - a)
     total = f"{a + c}/{b}"
-    return Problem(f"{a}/{b}+{c}/{b}=", f"What is {a}/{b} plus {c}/{b}?", f"({a} + {c})/{b} = {total}", total)
+    return ArithmeticProblem(f"{a}/{b}+{c}/{b}=", f"What is {a}/{b} plus {c}/{b}?", f"({a} + {c})/{b} = {total}", total)
 
 
-def _equivalent(stream: Random) -> Problem:
+def _equivalent(stream: Random) -> ArithmeticProblem:
     b = stream.randint(3, 9)
     a, c = stream.choice([one for one in range(1, b) if math.gcd(one, b) == 1]), stream.randint(2, 9)
     worded = f"{a}/{b} equals how many {b * c}ths? Give the numerator."
-    return Problem(f"{a}/{b}=?/{b * c}:", worded, f"{b} × {c} = {b * c}, so {a} × {c} = {a * c}", f"{a * c}")
+    return ArithmeticProblem(f"{a}/{b}=?/{b * c}:", worded, f"{b} × {c} = {b * c}, so {a} × {c} = {a * c}", f"{a * c}")
 
 
-def _fraction_of(stream: Random) -> Problem:
+def _fraction_of(stream: Random) -> ArithmeticProblem:
     b = stream.randint(2, 9)
     a, c = stream.randint(1, b - 1), b * stream.randint(2, 12)
     work = f"{c} ÷ {b} = {c // b}, and {c // b} × {a} = {c // b * a}"
-    return Problem(f"{a}/{b}of{c}=", f"What is {a}/{b} of {c}?", work, f"{c // b * a}")
+    return ArithmeticProblem(f"{a}/{b}of{c}=", f"What is {a}/{b} of {c}?", work, f"{c // b * a}")
 
 
-def _percent_of(stream: Random) -> Problem:
+def _percent_of(stream: Random) -> ArithmeticProblem:
     a, b = stream.choice((5, 10, 20, 25, 50, 75)), 20 * stream.randint(1, 40)
-    return Problem(f"{a}%of{b}=", f"What is {a}% of {b}?", f"{b} × {a} ÷ 100 = {a * b // 100}", f"{a * b // 100}")
+    return ArithmeticProblem(
+        f"{a}%of{b}=", f"What is {a}% of {b}?", f"{b} × {a} ÷ 100 = {a * b // 100}", f"{a * b // 100}"
+    )
 
 
-def _percent_share(stream: Random) -> Problem:
+def _percent_share(stream: Random) -> ArithmeticProblem:
     b = stream.choice((10, 20, 25, 50))
     a = stream.randint(1, b)
     work = f"{a} ÷ {b} × 100 = {100 * a // b}"
-    return Problem(f"{a}of{b}=?%:", f"What percentage of {b} is {a}?", work, f"{100 * a // b}")
+    return ArithmeticProblem(f"{a}of{b}=?%:", f"What percentage of {b} is {a}?", work, f"{100 * a // b}")
 
 
-def _percent_change(stream: Random) -> Problem:
+def _percent_change(stream: Random) -> ArithmeticProblem:
     a, b = 20 * stream.randint(1, 40), stream.choice((5, 10, 20, 25, 50))
     change = a * b // 100
     rise = stream.random() < 0.5
     result = a + change if rise else a - change
     verb, sign = ("increased", "+") if rise else ("reduced", "-")
     worded = f"A price of {a} dollars is {verb} by {b}%. What is the new price in dollars?"
-    return Problem(
+    return ArithmeticProblem(
         f"{a}{sign}{b}%=", worded, f"{b}% of {a} is {change}, and {a} {sign} {change} = {result}", f"{result}"
     )
 
 
-def _convert(pairs: tuple[tuple[str, str, int], ...]) -> Callable[[Random], Problem]:
-    def draw(stream: Random) -> Problem:
+def _convert(pairs: tuple[tuple[str, str, int], ...]) -> Callable[[Random], ArithmeticProblem]:
+    def draw(stream: Random) -> ArithmeticProblem:
         large, small, size = stream.choice(pairs)
         if stream.random() < 0.5:
             a = stream.randint(2, 99)
@@ -185,13 +187,15 @@ def _convert(pairs: tuple[tuple[str, str, int], ...]) -> Callable[[Random], Prob
             a = stream.randint(2, 99) * size // math.gcd(size, 10)
             start, end, result, sign = small, large, Fraction(a, size), "÷"
         worded = f"How many {end} are {a} {start}?"
-        return Problem(f"{a}{start}=?{end}:", worded, f"{a} {sign} {size} = {written(result)}", written(result))
+        return ArithmeticProblem(
+            f"{a}{start}=?{end}:", worded, f"{a} {sign} {size} = {written(result)}", written(result)
+        )
 
     return draw
 
 
-def _extreme(digits: int, word: Literal["max", "min"], *, decimals: int = 0) -> Callable[[Random], Problem]:
-    def draw(stream: Random) -> Problem:
+def _extreme(digits: int, word: Literal["max", "min"], *, decimals: int = 0) -> Callable[[Random], ArithmeticProblem]:
+    def draw(stream: Random) -> ArithmeticProblem:
         a = b = Fraction(0)
         while a == b:
             places = [stream.randint(1, decimals) if decimals else 0 for _ in range(2)]
@@ -200,22 +204,22 @@ def _extreme(digits: int, word: Literal["max", "min"], *, decimals: int = 0) -> 
         adjective, sign = ("larger", ">") if word == "max" else ("smaller", "<")
         other = written(min(a, b) if word == "max" else max(a, b))
         worded = f"Which number is {adjective}: {written(a)} or {written(b)}?"
-        return Problem(f"{word} {written(a)} {written(b)}=", worded, f"{result} {sign} {other}", result)
+        return ArithmeticProblem(f"{word} {written(a)} {written(b)}=", worded, f"{result} {sign} {other}", result)
 
     return draw
 
 
-def _reverse(digits: int) -> Callable[[Random], Problem]:
-    def draw(stream: Random) -> Problem:
+def _reverse(digits: int) -> Callable[[Random], ArithmeticProblem]:
+    def draw(stream: Random) -> ArithmeticProblem:
         text = "".join(stream.choice("123456789") for _ in range(digits))  # no 0, which would end as a leading one
         worded = f"Write the digits of {text} in reverse order."
-        return Problem(f"rev {text}=", worded, f"Backwards: {', '.join(text[::-1])}", text[::-1])
+        return ArithmeticProblem(f"rev {text}=", worded, f"Backwards: {', '.join(text[::-1])}", text[::-1])
 
     return draw
 
 
-def _sequence(kind: Literal["add", "subtract", "multiply"]) -> Callable[[Random], Problem]:
-    def draw(stream: Random) -> Problem:
+def _sequence(kind: Literal["add", "subtract", "multiply"]) -> Callable[[Random], ArithmeticProblem]:
+    def draw(stream: Random) -> ArithmeticProblem:
         start, step = stream.randint(1, 50), stream.randint(2, 9)
         if kind == "multiply":
             start, step = stream.randint(1, 20), stream.randint(2, 5)
@@ -225,13 +229,13 @@ def _sequence(kind: Literal["add", "subtract", "multiply"]) -> Callable[[Random]
         a, b, c, d = terms
         sign = {"add": "+", "subtract": "-", "multiply": "×"}[kind]
         worded = f"Which number comes next: {a}, {b}, {c}?"
-        return Problem(f"next {a} {b} {c}=", worded, f"{c} {sign} {step} = {d}", f"{d}")
+        return ArithmeticProblem(f"next {a} {b} {c}=", worded, f"{c} {sign} {step} = {d}", f"{d}")
 
     return draw
 
 
-def _story(kind: Literal["gain", "loss", "groups", "sharing"]) -> Callable[[Random], Problem]:
-    def draw(stream: Random) -> Problem:
+def _story(kind: Literal["gain", "loss", "groups", "sharing"]) -> Callable[[Random], ArithmeticProblem]:
+    def draw(stream: Random) -> ArithmeticProblem:
         name, thing = stream.choice(_PEOPLE), stream.choice(_THINGS)
         a, b = stream.randint(10, 60), stream.randint(2, 9)
         compact, story, sign, result = {
@@ -244,7 +248,7 @@ def _story(kind: Literal["gain", "loss", "groups", "sharing"]) -> Callable[[Rand
         question = (
             f"How many {thing} are in each bag?" if kind == "sharing" else f"How many {thing} does {name} have now?"
         )
-        return Problem(compact, f"{story} {question}", f"{left} {sign} {right} = {result}", f"{result}")
+        return ArithmeticProblem(compact, f"{story} {question}", f"{left} {sign} {right} = {result}", f"{result}")
 
     return draw
 
@@ -269,7 +273,7 @@ _MASSES = (("kg", "g", 1000), ("t", "kg", 1000), ("g", "mg", 1000))
 _TIMES = (("h", "min", 60), ("min", "s", 60), ("weeks", "days", 7), ("days", "h", 24))
 
 
-SKILLS: Mapping[str, Mapping[str, Callable[[Random], Problem]]] = {
+SKILLS: Mapping[str, Mapping[str, Callable[[Random], ArithmeticProblem]]] = {
     "addition": {"one_digit": _add(1), "two_digit": _add(2), "three_digit": _add(3)},
     "subtraction": {"one_digit": _subtract(1), "two_digit": _subtract(2), "below_zero": _subtract(2, below_zero=True)},
     "multiplication": {"tables": _multiply(1), "powers_of_ten": _powers, "two_digit": _multiply(2)},

@@ -21,14 +21,14 @@ _BOX = re.compile(r"\\(?:boxed|fbox)(?:\s*(?P<brace>\{)|\s*(?=[-+.\d])|\s+(?=\\)
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Judgement:
     """What a response answers (None: nothing), written so that equal answers are equal texts; whether it is right."""
 
     answer: str | None
     correct: bool
 
 
-Verifier = Callable[[Item, str], Verdict]
+Verifier = Callable[[Item, str], Judgement]
 
 
 """Anything that reads a response to an item: run a program, compare a number, ask a judge."""
@@ -58,21 +58,21 @@ def boxed(text: str) -> str | None:
     return None
 
 
-def by_value(item: Item, response: str) -> Verdict:
+def by_value(item: Item, response: str) -> Judgement:
     """Right where the box holds the same number (1,000 is 1000, $18 is 18, 18.0 is 18), or else the same text.
 
     How both are read: ``tasks.equality``. An empty box is no answer.
     """
     inside = boxed(response)
     if not inside:
-        return Verdict(None, False)
-    return Verdict(told(inside, item.truth), told(inside, item.truth) == told(item.truth, item.truth))
+        return Judgement(None, False)
+    return Judgement(told(inside, item.truth), told(inside, item.truth) == told(item.truth, item.truth))
 
 
-def by_text(item: Item, response: str) -> Verdict:
+def by_text(item: Item, response: str) -> Judgement:
     """Right where the box holds the true answer letter by letter, as the authors' scripts compare."""
     inside = boxed(response)
-    return Verdict(inside or None, bool(inside) and inside == item.truth.strip())
+    return Judgement(inside or None, bool(inside) and inside == item.truth.strip())
 
 
 def read_math(path: Path) -> tuple[Item, ...]:

@@ -23,7 +23,7 @@ CALLS = 5  # tests of a problem
 
 
 @dataclass(frozen=True)
-class Problem:
+class ProgramProblem:
     """A problem: what ``f`` shall do in few words and in a sentence, its parameters, its body, arguments to test it."""
 
     compact: str
@@ -162,111 +162,111 @@ def _words(stream: Random, letter: str = "") -> tuple[tuple[str], ...]:
     return ("",), *((word[:2] + letter + word[2:] + letter,) for word in words)
 
 
-def _chain(stream: Random) -> Problem:
+def _chain(stream: Random) -> ProgramProblem:
     k, (sign, word, worded) = stream.randint(2, 199), stream.choice(_SIGNS)
     body = f"(a{sign}b)*{k}"
-    return Problem(f"a {word} b, times {k}", f"{worded}, multiplied by {k}", "a,b", body, _pairs(stream))
+    return ProgramProblem(f"a {word} b, times {k}", f"{worded}, multiplied by {k}", "a,b", body, _pairs(stream))
 
 
-def _precedence(stream: Random) -> Problem:
+def _precedence(stream: Random) -> ProgramProblem:
     k, (sign, word, _) = stream.randint(2, 199), stream.choice(_SIGNS)
     worded = f"a {word} the product of {k} and b"
-    return Problem(f"a {word} {k} times b", worded, "a,b", f"a{sign}{k}*b", _pairs(stream))
+    return ProgramProblem(f"a {word} {k} times b", worded, "a,b", f"a{sign}{k}*b", _pairs(stream))
 
 
-def _remainder(stream: Random) -> Problem:
+def _remainder(stream: Random) -> ProgramProblem:
     k, one = stream.randint(3, 199), stream.choice(("a", "b"))
     numbers = tuple((stream.randint(0, 300), stream.randint(0, 300)) for _ in range(CALLS))
-    return Problem(f"{one} mod {k}", f"the remainder when {one} is divided by {k}", "a,b", f"{one}%{k}", numbers)
+    return ProgramProblem(f"{one} mod {k}", f"the remainder when {one} is divided by {k}", "a,b", f"{one}%{k}", numbers)
 
 
-def _middle(stream: Random) -> Problem:
+def _middle(stream: Random) -> ProgramProblem:
     start, stop = sorted(stream.sample(range(1, 26), 2))
     upper = stream.random() < 0.5
     ending, worded = (".upper()", ", in capital letters") if upper else ("", "")
     compact = f"from {start} to {stop}{' upper' if upper else ''}"
     worded = f"the letters of s from index {start} up to and without index {stop}{worded}"
-    return Problem(compact, worded, "s", f"s[{start}:{stop}]{ending}", _words(stream))
+    return ProgramProblem(compact, worded, "s", f"s[{start}:{stop}]{ending}", _words(stream))
 
 
-def _ending(stream: Random) -> Problem:
+def _ending(stream: Random) -> ProgramProblem:
     k, letter = stream.randint(1, 25), stream.choice(_LETTERS)
     worded = f"the last {k} letters of s, followed by the letter {letter}"
-    return Problem(f"last {k} then {letter}", worded, "s", f"s[-{k}:]+'{letter}'", _words(stream))
+    return ProgramProblem(f"last {k} then {letter}", worded, "s", f"s[-{k}:]+'{letter}'", _words(stream))
 
 
-def _joining(stream: Random) -> Problem:
+def _joining(stream: Random) -> ProgramProblem:
     k, letter = stream.randint(2, 19), stream.choice(_LETTERS)
     worded = f"s repeated {k} times, followed by the letter {letter}"
-    return Problem(f"s {k} times then {letter}", worded, "s", f"s*{k}+'{letter}'", _words(stream))
+    return ProgramProblem(f"s {k} times then {letter}", worded, "s", f"s*{k}+'{letter}'", _words(stream))
 
 
-def _filtering(stream: Random) -> Problem:
+def _filtering(stream: Random) -> ProgramProblem:
     k, (sign, word) = stream.randint(2, 199), stream.choice(_ORDERS)
     worded = f"the list of the numbers in a that are {word} {k}"
-    return Problem(f"keep {word} {k}", worded, "a", f"[x for x in a if x{sign}{k}]", _lists(stream, k))
+    return ProgramProblem(f"keep {word} {k}", worded, "a", f"[x for x in a if x{sign}{k}]", _lists(stream, k))
 
 
-def _multiples(stream: Random) -> Problem:
+def _multiples(stream: Random) -> ProgramProblem:
     k, keep = stream.randint(2, 199), stream.random() < 0.5
     sign, word = ("==", "multiples") if keep else ("!=", "no multiples")
     lists = tuple(([k * stream.randint(-3, 3) + stream.choice((0, 0, 1)) for _ in range(6)],) for _ in range(CALLS))
     worded = f"the list of the numbers in a that are {word} of {k}"
-    return Problem(f"keep {word} of {k}", worded, "a", f"[x for x in a if x%{k}{sign}0]", lists)
+    return ProgramProblem(f"keep {word} of {k}", worded, "a", f"[x for x in a if x%{k}{sign}0]", lists)
 
 
-def _changing(stream: Random) -> Problem:
+def _changing(stream: Random) -> ProgramProblem:
     k, (sign, word) = stream.randint(2, 199), stream.choice((("*", "times"), ("+", "plus"), ("-", "minus")))
     worded = f"the list of the numbers in a, each {word} {k}"
-    return Problem(f"each {word} {k}", worded, "a", f"[x{sign}{k} for x in a]", _lists(stream, k))
+    return ProgramProblem(f"each {word} {k}", worded, "a", f"[x{sign}{k} for x in a]", _lists(stream, k))
 
 
-def _count_numbers(stream: Random) -> Problem:
+def _count_numbers(stream: Random) -> ProgramProblem:
     k, (sign, word) = stream.randint(2, 199), stream.choice(_ORDERS)
     worded = f"how many numbers in a are {word} {k}"
-    return Problem(f"count {word} {k}", worded, "a", f"sum(x{sign}{k} for x in a)", _lists(stream, k))
+    return ProgramProblem(f"count {word} {k}", worded, "a", f"sum(x{sign}{k} for x in a)", _lists(stream, k))
 
 
-def _count_letters(stream: Random) -> Problem:
+def _count_letters(stream: Random) -> ProgramProblem:
     first, second = stream.sample(_LETTERS, 2)
     worded = f"how often the letters {first} and {second} occur in s, together"
     body = f"s.count('{first}')+s.count('{second}')"
-    return Problem(f"count {first} and {second}", worded, "s", body, _words(stream, first + second))
+    return ProgramProblem(f"count {first} and {second}", worded, "s", body, _words(stream, first + second))
 
 
-def _loop(stream: Random) -> Problem:
+def _loop(stream: Random) -> ProgramProblem:
     k, (sign, word) = stream.randint(2, 199), stream.choice((("*", "times"), ("+", "plus"), ("-", "minus")))
     worded = f"the sum of i {word} {k} over all i from 0 up to and without n"
     body = f"sum(i{sign}{k} for i in range(n))"
-    return Problem(f"sum i {word} {k} below n", worded, "n", body, tuple((n,) for n in (0, 1, 2, 5, 12)))
+    return ProgramProblem(f"sum i {word} {k} below n", worded, "n", body, tuple((n,) for n in (0, 1, 2, 5, 12)))
 
 
-def _squares(stream: Random) -> Problem:
+def _squares(stream: Random) -> ProgramProblem:
     k, start, power = stream.randint(2, 29), stream.randint(0, 9), stream.choice((2, 3))
     worded = f"the sum of i to the power {power} over i from {start} up to and without n in steps of {k}"
     body = f"sum(i**{power} for i in range({start},n,{k}))"
     arguments = tuple((n,) for n in (0, 1, k + 1, 3 * k, 5 * k + 2))
-    return Problem(f"sum i power {power} from {start} step {k}", worded, "n", body, arguments)
+    return ProgramProblem(f"sum i power {power} from {start} step {k}", worded, "n", body, arguments)
 
 
-def _recursion(sign: str, word: str) -> Callable[[Random], Problem]:
-    def draw(stream: Random) -> Problem:
+def _recursion(sign: str, word: str) -> Callable[[Random], ProgramProblem]:
+    def draw(stream: Random) -> ProgramProblem:
         k, step = stream.randint(1, 99), stream.choice((1, 2, 3))
         body = f"{k} if n<1 else n{sign}f(n-{step})"
         worded = f"{k} where n is below 1, and else n {word} f(n - {step}), by recursion"
         compact = f"{k} below 1 else n {word} f {step} less"
-        return Problem(compact, worded, "n", body, tuple((n,) for n in (-1, 0, 1, 4, 9)))
+        return ProgramProblem(compact, worded, "n", body, tuple((n,) for n in (-1, 0, 1, 4, 9)))
 
     return draw
 
 
-def _choice(stream: Random) -> Problem:
+def _choice(stream: Random) -> ProgramProblem:
     k, (sign, word) = stream.randint(2, 199), stream.choice(_ORDERS)
     first, second = stream.sample(("a", "b"), 2)
     near = tuple((k + stream.randint(-3, 3), stream.randint(200, 300)) for _ in range(CALLS - 3))
     arguments = ((k - 1, 500), (k, 501), (k + 1, 502), *near)
     worded = f"{first} when a is {word} {k}, and else {second}"
-    return Problem(
+    return ProgramProblem(
         f"{first} if a {word} {k} else {second}", worded, "a,b", f"{first} if a{sign}{k} else {second}", arguments
     )
 
@@ -280,7 +280,7 @@ _SIGNS = (("+", "plus", "the sum of a and b"), ("-", "minus", "the difference a 
 _ORDERS = ((">", "above"), ("<", "below"))
 
 
-SKILLS: Mapping[str, Mapping[str, Callable[[Random], Problem]]] = {
+SKILLS: Mapping[str, Mapping[str, Callable[[Random], ProgramProblem]]] = {
     "arithmetic": {"chain": _chain, "precedence": _precedence, "remainder": _remainder},
     "strings": {"middle": _middle, "ending": _ending, "joining": _joining},
     "lists": {"filtering": _filtering, "multiples": _multiples, "changing": _changing},

@@ -12,7 +12,7 @@ from preceptor.cache.choice import choose, fit, measure
 from preceptor.cache.codecs import decode, encode
 from preceptor.cache.decoding_error import LogProbs, kl_to_hidden
 from preceptor.cache.hidden import HiddenCodec
-from preceptor.cache.rans import Decoder, Encoder, Tables, quantise_frequencies
+from preceptor.cache.rans import Decoder, RansEncoder, Tables, quantise_frequencies
 from preceptor.cache.soft import kl_to_topk, level_of, log_p_of, sampled_rows, sampled_targets, topk_rows, topk_targets
 from preceptor.cache.sparse import SparseRows, fit_sparse
 from preceptor.data.sequences import Sequence
@@ -39,7 +39,7 @@ def test_streams_give_back_what_was_pushed(seed: int, lanes: int, steps: int) ->
     model, symbol = draw.integers(0, 4, (steps, lanes)), draw.integers(0, 20, (steps, lanes))
     bits = draw.integers(0, 17, (steps, lanes))
     raw = draw.integers(0, 1 << 16, (steps, lanes)) & ((1 << bits) - 1)
-    encoder = Encoder(lanes, 4)
+    encoder = RansEncoder(lanes, 4)
     for step in reversed(range(steps)):
         encoder.push_raw(raw[step], bits[step])
         encoder.push(tables, model[step], symbol[step])
@@ -55,7 +55,7 @@ def test_streams_are_within_two_words_of_the_entropy() -> None:
     tables = Tables.of(quantise_frequencies(draw.dirichlet(np.full(30, 0.3), size=1) + 1e-9))
     p = tables.frequencies[0] / tables.frequencies[0].sum()
     symbol = draw.choice(30, size=(400, 50), p=p)
-    encoder = Encoder(50, 4)
+    encoder = RansEncoder(50, 4)
     for row in symbol[::-1]:
         encoder.push(tables, np.zeros(50, np.int64), row)
     _, lengths = encoder.finish()

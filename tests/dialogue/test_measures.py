@@ -10,7 +10,7 @@ from preceptor.dialogue.measures import answer_was_there, moves_by_fifth, succes
 from preceptor.dialogue.numerals import final_is, in_digits, mentions, states_number, unsigned_numbers
 from preceptor.dialogue.tutors import next_step_tutor, parrot_student, self_correcting_student, teller
 from preceptor.errors import UserError
-from preceptor.methods.mathdial.text_metrics import Encoder, bert_f1, knowledge_f1, sbleu
+from preceptor.methods.mathdial.text_metrics import TextEncoder, bert_f1, knowledge_f1, sbleu
 from preceptor.methods.mathdial.uptake import Rarity, Vectors, cross_fitted, features, overlap_share
 from tests.data_folder import DATA, needs
 
@@ -177,7 +177,7 @@ def test_text_measures() -> None:
 
 
 def test_bert_f1_names_a_real_encoder() -> None:
-    encoder = Encoder("minilm-l6")
+    encoder = TextEncoder("minilm-l6")
     same, near, far, empty = bert_f1(
         ["What is next?", "What is next?", "What is next?", ""],
         ["What is next?", "What comes next?", "Bread needs flour.", "What?"],
@@ -192,7 +192,7 @@ def test_bert_f1_names_a_real_encoder() -> None:
     [found] = bert_f1(["What is next?"], ["Bread needs flour and water."], encoder)
     assert found == pytest.approx(200 * precision * recall / (precision + recall), abs=1e-3)
     with pytest.raises(UserError):
-        Encoder("no/such-encoder")
+        TextEncoder("no/such-encoder")
 
 
 def test_uptake_by_words() -> None:

@@ -12,7 +12,7 @@ from preceptor.distillation.momentum import MomentumTeacher
 from preceptor.distillation.teachers import AdapterOff, CachedTeacher, Ensemble, FrozenTeacher, MemoisedTeacher
 from preceptor.errors import UserError
 from preceptor.knowledge import HiddenTargets, LogitTargets, SampledTargets, TopKTargets
-from preceptor.methods.teacher_hacking.authors import answered, symbol_model
+from preceptor.methods.teacher_hacking.text_models import answered, symbol_model
 from preceptor.models.language_model import project
 from preceptor.models.student import make_student
 from tests.byte_models import WIDTHS, batch_of, tiny

@@ -9,8 +9,8 @@ from preceptor.engine.settings import Training
 from preceptor.errors import UserError
 from preceptor.evaluation.power_law import (
     NEEDED,
-    Verdict,
-    Watch,
+    PowerLawVerdict,
+    WatchBounds,
     Watcher,
     constant_part,
     find_departure,
@@ -82,15 +82,15 @@ def test_two_checkpoints_aside_are_no_departure():
 def test_a_certain_departure_counts_from_a_least_size_on():
     """A healthy run with little noise curves slightly: the fit is certain of it, and it does not matter."""
     points = [(step, value * (1 + step / 5000)) for step, value in law(40, noise=0.001)]
-    assert find_departure(points, Watch(relative=0.0)).flagged is not None
+    assert find_departure(points, WatchBounds(relative=0.0)).flagged is not None
     assert find_departure(points).flagged is None
     assert find_departure(bent(points, 25, 1.1)).flagged == points[25][0]
 
 
 def test_a_large_deviation_that_noise_explains_does_not_count():
     points = bent(law(30, noise=0.1), 20, 1.08)
-    assert find_departure(points, Watch(relative=0.4)).flagged is not None
-    assert find_departure(points, Watch(residual=50.0, relative=0.4)).flagged is None
+    assert find_departure(points, WatchBounds(relative=0.4)).flagged is not None
+    assert find_departure(points, WatchBounds(residual=50.0, relative=0.4)).flagged is None
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 8])
@@ -144,7 +144,10 @@ def test_only_the_constant_part_is_read():
 
 
 def test_a_verdict_says_itself_in_a_sentence():
-    assert str(Verdict(reason="insufficient data: 2 checkpoints")) == "No verdict: insufficient data: 2 checkpoints."
+    assert (
+        str(PowerLawVerdict(reason="insufficient data: 2 checkpoints"))
+        == "No verdict: insufficient data: 2 checkpoints."
+    )
     assert "keeps" in str(find_departure(law(20)))
     assert "from step 110 on, and lies above it" in str(find_departure(bent(law(20), 10, 1.5)))
     assert "from step 110 on, and lies below it" in str(find_departure(bent(law(20), 10, 0.7)))
@@ -175,7 +178,7 @@ def test_the_checkpoints_that_a_run_will_have_are_counted(settings, total, count
 @pytest.mark.parametrize("settings", [{"window": 0.0}, {"window": 1.0}, {"residual": 0.0}, {"relative": -0.1}])
 def test_a_watch_without_meaning_is_refused(settings):
     with pytest.raises(UserError):
-        Watch(**settings)
+        WatchBounds(**settings)
 
 
 STEPS = [0, 10, 20, 30]

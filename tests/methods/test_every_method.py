@@ -3,12 +3,14 @@
 import hashlib
 import importlib
 import json
+import os
 from dataclasses import is_dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -18,6 +20,7 @@ from preceptor.cli import main
 from preceptor.engine.config_file import read_config
 from preceptor.extras import missing_packages
 from preceptor.vision.backbones import make_backbone
+from tests.drawings import look
 
 METHODS = [pytest.param(method, id=method.name) for method in find_methods()]
 
@@ -29,16 +32,20 @@ def recipe(method: Method) -> ModuleType:
     return importlib.import_module(f"preceptor.methods.{method.name}.recipe")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the first run of each recipe stays for the tests that follow it."""
-    return tmp_path_factory.mktemp("runs")
+    """Where the first run of each recipe stays for the tests that follow it, in whichever process they run."""
+    folder = tmp_path_factory.getbasetemp()
+    runs = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "tiny-runs"
+    runs.mkdir(exist_ok=True)
+    return runs
 
 
 def run_tiny(method: Method, folder: Path) -> Path:
     module = recipe(method)
-    if not (folder / "report.html").exists():
-        module.main(replace(module.tiny, output=str(folder)))
+    with FileLock(f"{folder.absolute()}.lock"):
+        if not (folder / "report.html").exists():
+            module.main(replace(module.tiny, output=str(folder)))
     return folder
 
 
@@ -58,6 +65,7 @@ def weights(folder: Path) -> str:
     return digest.hexdigest()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_the_smallest_run_leaves_a_student_and_a_page(method: Method, kept: Path) -> None:
     folder = run_tiny(method, kept / method.name)
@@ -67,6 +75,8 @@ def test_the_smallest_run_leaves_a_student_and_a_page(method: Method, kept: Path
     assert "<html" in (folder / "report.html").read_text(encoding="utf-8")[:500]
     assert json.loads((folder / "result.json").read_text(encoding="utf-8"))
     assert not [path for path in folder.rglob("*") if path.suffix in {".pt", ".pth", ".bin", ".pkl"}]
+    for picture in folder.rglob("*.png"):
+        look(picture, colours=1)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -78,6 +88,7 @@ def test_its_steps_are_written_down(method: Method, kept: Path) -> None:
     assert len(steps) == recipe(method).tiny.training.steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_the_same_settings_give_the_same_student(method: Method, kept: Path) -> None:
     first, second = run_tiny(method, kept / method.name), run_tiny(method, Path("again"))

@@ -11,7 +11,17 @@ import pytest
 
 from preceptor import sandbox as package
 from preceptor.errors import UserError
-from preceptor.sandbox import Limits, Program, Reason, Sandbox, Verdict, describe, lacking, read_tests, sandbox_layers
+from preceptor.sandbox import (
+    Program,
+    Reason,
+    Sandbox,
+    SandboxLimits,
+    Verdict,
+    describe,
+    lacking,
+    read_tests,
+    sandbox_layers,
+)
 from preceptor.sandbox.syscalls import ALLOWED, FORBIDDEN, forbidden, numbers
 from preceptor.sandbox.values import decode, encode, equal
 from preceptor.sandbox.verdicts import conclude
@@ -19,7 +29,7 @@ from preceptor.sandbox.verdicts import conclude
 AVAILABLE = "refused" not in sandbox_layers()
 needs_isolation = pytest.mark.skipif(not AVAILABLE, reason="this kernel offers no isolation of files or network")
 SECRET = "the secret that lies outside"
-ROOMY = Limits(processor=5, wall=60)  # for what ends by itself, also on a busy machine
+ROOMY = SandboxLimits(processor=5, wall=60)  # for what ends by itself, also on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +40,7 @@ def sandbox() -> Iterator[Sandbox]:
 
 @pytest.fixture(scope="module")
 def hasty() -> Iterator[Sandbox]:
-    with Sandbox(Limits(processor=5, wall=1.0), workers=1) as opened:
+    with Sandbox(SandboxLimits(processor=5, wall=1.0), workers=1) as opened:
         yield opened
 
 
@@ -332,7 +342,7 @@ def test_no_site_packages(sandbox: Sandbox) -> None:
     assert "ModuleNotFoundError" in judged(sandbox, "import numpy").detail
 
 
-# Limits
+# SandboxLimits
 
 
 @needs_isolation
@@ -379,7 +389,7 @@ def test_sleeping(hasty: Sandbox) -> None:
 
 @needs_isolation
 def test_an_endless_loop_that_ignores_the_kernels_warning() -> None:
-    with Sandbox(Limits(processor=1, wall=60), workers=1) as sandbox:
+    with Sandbox(SandboxLimits(processor=1, wall=60), workers=1) as sandbox:
         assert str(judged(sandbox, "while True: pass")) == "ran out of time: of the processor"
         ignoring = "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass"
         assert str(judged(sandbox, ignoring)) == "ran out of time: of the processor"
@@ -398,7 +408,7 @@ def test_deep_recursion(sandbox: Sandbox) -> None:
     verdict = judged(sandbox, "def f(x): return f(x) + 1")
     assert verdict.reason is Reason.EXCEPTION
     assert "RecursionError" in verdict.detail
-    with Sandbox(Limits(processor=1, wall=60), workers=1) as brief:
+    with Sandbox(SandboxLimits(processor=1, wall=60), workers=1) as brief:
         deeper = judged(brief, "import sys\nsys.setrecursionlimit(10**9)\ndef f(x): return f(x) + 1")
     assert deeper.reason in (Reason.MEMORY, Reason.CRASH, Reason.TIME)
     nested = judged(

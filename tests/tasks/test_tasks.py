@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from preceptor.errors import UserError
-from preceptor.sandbox import Limits, Reason, Sandbox, sandbox_layers
+from preceptor.sandbox import Reason, Sandbox, SandboxLimits, sandbox_layers
 from preceptor.tasks.arithmetic import Arithmetic
 from preceptor.tasks.contamination import leaks
 from preceptor.tasks.figures import CELL, GRID, WORDS, Figures, Shape, read_word, render
@@ -33,7 +33,7 @@ def name_of(task: Task) -> str:
 
 @pytest.fixture(scope="module")
 def programs() -> Iterator[Programs]:
-    with Sandbox(Limits(wall=60), workers=1) as sandbox:
+    with Sandbox(SandboxLimits(wall=60), workers=1) as sandbox:
         yield Programs(sandbox=sandbox)
 
 

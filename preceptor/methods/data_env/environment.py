@@ -58,8 +58,8 @@ UNKNOWN = -1.0
 FIELDS = ("instruction", "response", "truth", "skill", "subskill", "starter", "tests")
 
 
-class Student(Protocol):
-    """What is taught and examined; see ``learners.Pupil``."""
+class TaughtStudent(Protocol):
+    """What is taught and examined; see ``student.TaskStudent``."""
 
     def restart(self) -> None:
         """Take the first weights back."""
@@ -117,7 +117,7 @@ class DataEnvironment(gymnasium.Env[Any, Any]):
     def __init__(
         self,
         task: Task,
-        student: Student,
+        student: TaughtStudent,
         validation: Sequence[Item],
         *,
         folder: Path,

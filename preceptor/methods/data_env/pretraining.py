@@ -10,7 +10,7 @@ from preceptor.engine.settings import Training
 from preceptor.errors import UserError
 from preceptor.methods.data_env.exam import SCHOOL_SEED, Questions
 from preceptor.methods.data_env.small_models import small_student
-from preceptor.methods.data_env.student import Pupil
+from preceptor.methods.data_env.student import TaskStudent
 from preceptor.tasks.contamination import leaks
 from preceptor.tasks.records import Item, Task
 from preceptor.tasks.sampling import select
@@ -50,7 +50,7 @@ def go_to_school(school: School, task: Task, questions: Questions, folder: Path,
     if not lessons:
         raise UserError(f"school.items is {school.items}, which leaves nothing to learn: give more items.")
     first = small_student(seed=seed, sees=lessons[0].image is not None)
-    pupil = Pupil(first, task, replace(school.training, seed=seed))
+    pupil = TaskStudent(first, task, replace(school.training, seed=seed))
     shutil.rmtree(folder, ignore_errors=True)
     pupil.learn(lessons, folder / "training")
     card: dict[str, object] = {"method": "school", "items": len(lessons), "weak": ", ".join(school.weak)}

@@ -64,8 +64,8 @@ from preceptor.methods.data_env.policies import (
 from preceptor.methods.data_env.pretraining import School, check_weak, go_to_school
 from preceptor.methods.data_env.rounds import Iteration, drop_later, read_iterations, write_iteration
 from preceptor.methods.data_env.skill_environments import SkillForest, SkillList
-from preceptor.methods.data_env.small_models import SMALL, Seeing, load_pupil_model, reads_characters
-from preceptor.methods.data_env.student import Pupil
+from preceptor.methods.data_env.small_models import SMALL, ImagePrefixModel, load_pupil_model, reads_characters
+from preceptor.methods.data_env.student import TaskStudent
 from preceptor.methods.data_env.writers import Symbolic, Writer
 from preceptor.models.loading import load
 from preceptor.models.student_spec import LoraSpec, parse_student
@@ -237,7 +237,7 @@ def drawing(config: Config, task: Task) -> Draw | None:
     return task.draw
 
 
-def make_pupil(config: Config, task: Task, questions: Questions, folder: Path) -> Pupil:
+def make_pupil(config: Config, task: Task, questions: Questions, folder: Path) -> TaskStudent:
     """The student at the start; ``small`` goes to school first, once for each ``folder``."""
     spec, adapter = parse_student(config.student), None
     if config.student == SMALL:
@@ -249,13 +249,13 @@ def make_pupil(config: Config, task: Task, questions: Questions, folder: Path) -
     else:
         first = load_pupil_model(Path(config.student))
     batch = 256 if config.student == SMALL else 16
-    tokenizer = (first.language if isinstance(first, Seeing) else first).tokenizer
+    tokenizer = (first.language if isinstance(first, ImagePrefixModel) else first).tokenizer
     length = answer_length(config.exam, task, [*questions.validation, *questions.test], tokenizer)
-    return Pupil(first, task, config.training, adapter=adapter, answer_length=length, batch_size=batch)
+    return TaskStudent(first, task, config.training, adapter=adapter, answer_length=length, batch_size=batch)
 
 
 def make_world(
-    config: Config, task: Task, pupil: Pupil, questions: Questions, chat: Chat | None
+    config: Config, task: Task, pupil: TaskStudent, questions: Questions, chat: Chat | None
 ) -> tuple[DataEnvironment, Act]:
     """The environment, and the agent that acts in it."""
     seen, seed = config.agent == "with_state", config.training.seed
@@ -310,7 +310,7 @@ def summary(environment: DataEnvironment, info: Mapping[str, Any], reward: float
     )
 
 
-def examine(config: Config, pupil: Pupil, questions: Questions) -> Table:
+def examine(config: Config, pupil: TaskStudent, questions: Questions) -> Table:
     """Ask the student of the best round and the untaught one the test items; write what a run leaves."""
     folder = Path(config.output)
     rounds = read_iterations(folder / ITERATIONS)

@@ -17,7 +17,7 @@ from preceptor.methods.data_env.exam import Exam, Questions, draw_questions
 from preceptor.methods.data_env.pretraining import School
 from preceptor.methods.data_env.recipe import TRAINING, Config, make_pupil, make_task, make_world
 from preceptor.methods.data_env.rounds import datum_from, datum_json, read_lines
-from preceptor.methods.data_env.student import Pupil
+from preceptor.methods.data_env.student import TaskStudent
 from preceptor.report.table import Table
 from preceptor.statistics import Claim, compare, mean_of
 from preceptor.tasks.records import Datum, Task, complete, report
@@ -140,7 +140,7 @@ def one_seed(name: str, seed: int, folder: Path, *, full: bool) -> dict[str, dic
 
 
 def teach_arm(
-    config: Config, arm: str, task: Task, pupil: Pupil, questions: Questions, *, draw: int
+    config: Config, arm: str, task: Task, pupil: TaskStudent, questions: Questions, *, draw: int
 ) -> dict[str, float]:
     """Teach the student as an arm has it; how many items were accepted, and how many written for that."""
     folder = Path(config.output)

@@ -11,7 +11,7 @@ import numpy as np
 from gymnasium import spaces
 
 from preceptor.errors import UserError
-from preceptor.methods.data_env.environment import UNKNOWN, DataEnvironment, Episode, Student
+from preceptor.methods.data_env.environment import UNKNOWN, DataEnvironment, Episode, TaughtStudent
 from preceptor.methods.data_env.skill_tree import Action, Experience, Exploit, Explore, SkillTree, act, read_experience
 from preceptor.methods.data_env.writers import Order, Writer, Written
 from preceptor.tasks.records import Check, Datum, Item, PerformanceReport, Task
@@ -29,7 +29,7 @@ class SkillList(DataEnvironment):
     def __init__(
         self,
         task: Task,
-        student: Student,
+        student: TaughtStudent,
         validation: Sequence[Item],
         *,
         writer: Writer,
@@ -87,7 +87,7 @@ class SkillForest(DataEnvironment):
     def __init__(
         self,
         task: Task,
-        student: Student,
+        student: TaughtStudent,
         validation: Sequence[Item],
         *,
         writer: Writer,

@@ -62,7 +62,7 @@ class SeenBatch(Batch):
         return SeenBatch(text.input_ids, text.attention_mask, text.response, self.patches.to(device))
 
 
-class Seeing(nn.Module):
+class ImagePrefixModel(nn.Module):
     """A language model that reads an image's patches before the text.
 
     ``language``: the model. ``look``: from a patch's values to the width of an embedding, by two layers.
@@ -128,7 +128,7 @@ def cut_patches(image: Any) -> Tensor:
     return torch.from_numpy(pieces.reshape(rows * columns, -1).astype(np.float32) / -127.5 + 2.0)
 
 
-def small_student(*, seed: int, sees: bool = False) -> LanguageModel | Seeing:
+def small_student(*, seed: int, sees: bool = False) -> LanguageModel | ImagePrefixModel:
     """A fresh character-level transformer, some 0.3 million parameters; with ``sees``, one that reads images."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -147,7 +147,7 @@ def small_student(*, seed: int, sees: bool = False) -> LanguageModel | Seeing:
             pad_token_id=tokenizer.pad_token_id,
         )
         language = LanguageModel(LlamaForCausalLM(config), tokenizer)
-        return Seeing(language).eval() if sees else language.eval()
+        return ImagePrefixModel(language).eval() if sees else language.eval()
 
 
 def reads_characters(student: str) -> bool:
@@ -158,12 +158,12 @@ def reads_characters(student: str) -> bool:
     return bool(json.loads(path.read_text(encoding="utf-8"))["model"]["type"] == "WordLevel")
 
 
-def load_pupil_model(folder: Path) -> LanguageModel | Seeing:
-    """A student that ``Pupil.save`` wrote, or any local model by name; one that sees, where its eyes lie beside it."""
+def load_pupil_model(folder: Path) -> LanguageModel | ImagePrefixModel:
+    """A student that ``TaskStudent.save`` wrote, or any local model by name; one that sees, where its eyes lie beside it."""
     language = load(str(folder))
     if not (folder / EYES).exists():
         return language
-    seeing = Seeing(language)
+    seeing = ImagePrefixModel(language)
     seeing.look.load_state_dict(load_file(folder / EYES))
     return seeing.eval()
 

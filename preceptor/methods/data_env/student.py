@@ -1,6 +1,6 @@
 """Students that answer a task's items and are taught on training items: a local model with LoRA, or a small fresh one.
 
-``Pupil`` wraps either. Teaching always starts from the first weights (a new adapter, or a fresh copy) and takes all the
+``TaskStudent`` wraps either. Teaching always starts from the first weights (a new adapter, or a fresh copy) and takes all the
 items there are, as DataEnvGym's trainer does: no lesson builds on weights that an earlier lesson left.
 """
 
@@ -24,7 +24,7 @@ from preceptor.data.sequences import Batch, Sequence, collate
 from preceptor.engine.run import Run
 from preceptor.engine.settings import Training
 from preceptor.losses.divergences import divergence
-from preceptor.methods.data_env.small_models import EYES, Seeing, SeenBatch, cut_patches
+from preceptor.methods.data_env.small_models import EYES, ImagePrefixModel, SeenBatch, cut_patches
 from preceptor.models.language_model import LanguageModel, in_evaluation
 from preceptor.models.student import make_student
 from preceptor.models.student_spec import LoraSpec
@@ -49,7 +49,7 @@ def lesson_hash(data: Listed[Datum]) -> str:
     return digest.hexdigest()
 
 
-class Pupil:
+class TaskStudent:
     """A student of an environment: answers items greedily, is taught from its first weights, and starts over.
 
     ``model`` is the student as it is now.
@@ -57,7 +57,7 @@ class Pupil:
 
     def __init__(
         self,
-        first: LanguageModel | Seeing,
+        first: LanguageModel | ImagePrefixModel,
         task: Task,
         training: Training,
         *,
@@ -84,7 +84,7 @@ class Pupil:
         self.answer_length = answer_length
         self.max_length = max_length
         self.batch_size = batch_size
-        self.model: LanguageModel | Seeing = first
+        self.model: LanguageModel | ImagePrefixModel = first
         self._read: dict[tuple[str, str], Sequence] = {}
 
     def restart(self) -> None:
@@ -96,7 +96,7 @@ class Pupil:
         language = self._language
         prompts = [self._sequence(self.task.prompt(item)).ids for item in items]
         with in_evaluation(self.model):
-            if isinstance(self.model, Seeing):
+            if isinstance(self.model, ImagePrefixModel):
                 patches = torch.stack([cut_patches(item.image) for item in items])
                 told = self.model.generate(prompts, patches, max_new_tokens=self.answer_length)
             else:
@@ -128,14 +128,14 @@ class Pupil:
     def save(self, folder: Path, *, card: dict[str, object]) -> None:
         """Writes the student with its tokenizer and model card; what sees an image goes beside, in eyes.safetensors."""
         self._language.save(folder, card=card)
-        if isinstance(self.model, Seeing):
+        if isinstance(self.model, ImagePrefixModel):
             save_file(self.model.look.state_dict(), folder / EYES)
 
     @property
     def _language(self) -> LanguageModel:
-        return self.model.language if isinstance(self.model, Seeing) else self.model
+        return self.model.language if isinstance(self.model, ImagePrefixModel) else self.model
 
-    def _fresh(self) -> LanguageModel | Seeing:
+    def _fresh(self) -> LanguageModel | ImagePrefixModel:
         if self.adapter:
             assert isinstance(self.first, LanguageModel)
             return make_student(self.adapter, self.first, seed=self.training.seed)
@@ -144,7 +144,7 @@ class Pupil:
     def _collate(self, data: list[Datum]) -> Batch:
         told = [self._sequence(self.task.prompt(item_of(one, self.task.name)), one.response) for one in data]
         batch = collate(told, self._language.pad_id)
-        if not isinstance(self.model, Seeing):
+        if not isinstance(self.model, ImagePrefixModel):
             return batch
         patches = torch.stack([cut_patches(one.image) for one in data])
         return SeenBatch(batch.input_ids, batch.attention_mask, batch.response, patches)

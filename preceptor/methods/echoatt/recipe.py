@@ -152,7 +152,7 @@ paper = Config(
 )
 
 
-class Said(NamedTuple):
+class LayerTargets(NamedTuple):
     """What the teacher says of a batch: soft targets, its likeliest tokens (-100 elsewhere), outputs of layers."""
 
     soft: HiddenTargets
@@ -160,10 +160,10 @@ class Said(NamedTuple):
     inner: list[Tensor]
 
 
-class Tells(Protocol):
+class TeacherOfLayers(Protocol):
     """Whoever says it: the teacher itself, or a memory of what it said."""
 
-    def __call__(self, batch: Batch) -> Said:
+    def __call__(self, batch: Batch) -> LayerTargets:
         """What the teacher says of a batch."""
         ...
 
@@ -175,20 +175,22 @@ class Original:
         self.model = Observed(model.eval().requires_grad_(False), ends)
 
     @torch.no_grad()
-    def __call__(self, batch: Batch) -> Said:
+    def __call__(self, batch: Batch) -> LayerTargets:
         """Hidden states and head; no logits are kept."""
         return self.model(batch, lambda hidden, head, inner: _said(batch, hidden, head, inner))
 
 
-def _said(batch: Batch, hidden: Tensor, head: Head, inner: list[Tensor]) -> Said:
+def _said(batch: Batch, hidden: Tensor, head: Head, inner: list[Tensor]) -> LayerTargets:
     likeliest = torch.full_like(batch.labels, -100)
     rows = hidden[batch.predicts]
     step = max(1, CHUNK_BYTES // (4 * head.weight.shape[0]))
     likeliest[batch.predicts] = torch.cat([project(part, head).argmax(-1) for part in torch.split(rows, step)])
-    return Said(HiddenTargets(hidden, head), likeliest, inner)
+    return LayerTargets(HiddenTargets(hidden, head), likeliest, inner)
 
 
-def distil(hidden: Tensor, head: Head, inner: list[Tensor], *, batch: Batch, said: Said, config: Config) -> Loss:
+def distil(
+    hidden: Tensor, head: Head, inner: list[Tensor], *, batch: Batch, said: LayerTargets, config: Config
+) -> Loss:
     """Stage 1: α L_I + β L_S + γ L_H, summed over the tokens that predict another."""
     kind: Literal["reverse_kl", "forward_kl"] = "reverse_kl" if config.direction == "student_first" else "forward_kl"
     loss = divergence(
@@ -234,7 +236,9 @@ def go_on(hidden: Tensor, head: Head, inner: list[Tensor], *, batch: Batch) -> L
     return divergence(hidden, head, None, mask=batch.predicts, labels=batch.labels, weight=0.0, label_weight=1.0)
 
 
-def teach(run: Run, said: Tells, train: Listed[Sequence], exam: list[Sequence], pad_id: int, config: Config) -> None:
+def teach(
+    run: Run, said: TeacherOfLayers, train: Listed[Sequence], exam: list[Sequence], pad_id: int, config: Config
+) -> None:
     """The loop: stage 1 until ``continued`` of the steps are left, then stage 2."""
     batches = partial(collate, pad_id=pad_id)
     for examples in run.steps(train):
@@ -252,7 +256,7 @@ def teach(run: Run, said: Tells, train: Listed[Sequence], exam: list[Sequence], 
 
 @torch.no_grad()
 def held_out(
-    run: Run, said: Tells, exam: list[Sequence], batches: Callable[[list[Sequence]], Batch], config: Config
+    run: Run, said: TeacherOfLayers, exam: list[Sequence], batches: Callable[[list[Sequence]], Batch], config: Config
 ) -> dict[str, float]:
     """Means over the tokens of the held-out text: both directions of L_S, and the cross-entropy to the text."""
     totals, count = dict.fromkeys(("held_out_kl_teacher_first", "held_out_kl_student_first", "held_out_loss"), 0.0), 0

@@ -19,12 +19,12 @@ from torch.nn.utils.rnn import pad_sequence
 from preceptor.data.sequences import Batch, Sequence, collate
 from preceptor.distillation.lessons import Lessons, Text, prepare
 from preceptor.engine.settings import Training
-from preceptor.evaluation.language import Said as Answers, ask, evaluate_language
+from preceptor.evaluation.language import ModelOutputs as Answers, ask, evaluate_language
 from preceptor.files import write_whole
 from preceptor.knowledge import HiddenTargets
 from preceptor.methods.echoatt.followers import block_ends, most_similar
 from preceptor.methods.echoatt.passages import read_passages
-from preceptor.methods.echoatt.recipe import Config, Original, Said, compare_layers, start, teach
+from preceptor.methods.echoatt.recipe import Config, LayerTargets, Original, compare_layers, start, teach
 from preceptor.models.language_model import LanguageModel
 from preceptor.models.loading import load
 from preceptor.models.shared_attention.config import windows_of
@@ -66,7 +66,7 @@ ARMS = {
 
 
 @dataclass(frozen=True)
-class Kept:
+class PieceTargets:
     """What the teacher said of one piece of text: last hidden states, likeliest tokens, outputs of layers."""
 
     hidden: torch.Tensor
@@ -78,12 +78,12 @@ class MemoisedLayers:
     """The teacher, asked once about each piece of text; it repeats from memory for any choice of layers."""
 
     def __init__(self, teacher: LanguageModel, pieces: list[Sequence], layers: tuple[int, ...]) -> None:
-        self.kept: dict[Sequence, Kept] = {}
+        self.kept: dict[Sequence, PieceTargets] = {}
         original = Original(teacher, layers)
         for piece in pieces:
             said = original(collate([piece], teacher.pad_id))
             inner = {layer: states[0].clone() for layer, states in zip(layers, said.inner)}
-            self.kept[piece] = Kept(said.soft.hidden[0], said.likeliest[0], inner)
+            self.kept[piece] = PieceTargets(said.soft.hidden[0], said.likeliest[0], inner)
         self.head = teacher.head
 
     def of(self, layers: tuple[int, ...]) -> ChosenLayers:
@@ -97,13 +97,13 @@ class ChosenLayers:
     def __init__(self, memory: MemoisedLayers, layers: tuple[int, ...]) -> None:
         self.memory, self.layers = memory, layers
 
-    def __call__(self, batch: Batch) -> Said:
+    def __call__(self, batch: Batch) -> LayerTargets:
         """What the teacher said of a batch."""
         kept = [self.memory.kept[sequence] for sequence in batch.sequences()]
         hidden = pad_sequence([one.hidden for one in kept], batch_first=True)
         inner = [pad_sequence([one.inner[layer] for one in kept], batch_first=True) for layer in self.layers]
         likeliest = pad_sequence([one.likeliest for one in kept], batch_first=True, padding_value=-100)
-        return Said(HiddenTargets(hidden, self.memory.head), likeliest, inner)
+        return LayerTargets(HiddenTargets(hidden, self.memory.head), likeliest, inner)
 
 
 def reproduce(seeds: int, folder: Path, full: bool) -> Table:

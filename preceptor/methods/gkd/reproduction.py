@@ -17,7 +17,7 @@ from preceptor.distillation.objective import LABELS
 from preceptor.distillation.on_policy import OwnSamples
 from preceptor.distillation.teachers import FrozenTeacher, MemoisedTeacher, Teacher
 from preceptor.engine.settings import Training
-from preceptor.evaluation.language import Said, ask, evaluate_language, evaluate_own_samples
+from preceptor.evaluation.language import ModelOutputs, ask, evaluate_language, evaluate_own_samples
 from preceptor.files import write_whole
 from preceptor.knowledge import HiddenTargets, rows_of
 from preceptor.methods.gkd.recipe import Config, start, teach
@@ -126,7 +126,7 @@ def _one_seed(seed: int, folder: Path, size: int) -> dict[str, dict[str, float]]
 
 
 def _figures(
-    student: LanguageModel, teacher: LanguageModel, said: Said, exam: list[Sequence], *, own: bool
+    student: LanguageModel, teacher: LanguageModel, said: ModelOutputs, exam: list[Sequence], *, own: bool
 ) -> dict[str, float]:
     measures = evaluate_language(student, said, exam, speed=False)
     assert measures.kl is not None

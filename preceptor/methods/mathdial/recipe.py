@@ -78,7 +78,7 @@ from preceptor.language.local import LocalModel
 from preceptor.losses import Loss
 from preceptor.losses.divergences import divergence
 from preceptor.methods.mathdial.common_errors import CommonErrors, chat_sampler, common_errors, read_problems
-from preceptor.methods.mathdial.text_metrics import Encoder, bert_f1, knowledge_f1, sbleu
+from preceptor.methods.mathdial.text_metrics import TextEncoder, bert_f1, knowledge_f1, sbleu
 from preceptor.methods.mathdial.uptake import overlap_share
 from preceptor.models.identity import template_hash, tokenizer_hash
 from preceptor.models.language_model import LanguageModel
@@ -95,7 +95,7 @@ TRAINING = Training(steps=60, batch_size=4, learning_rate=6.25e-5, schedule="lin
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadingSettings:
     """What a tutor reads before its turn."""
 
     knowledge: tuple[Knowledge, ...] = ("problem", "solution")
@@ -122,7 +122,7 @@ class Config:
     """JSON Lines with question and answer (GSM8K), whose common errors are picked and played; empty: held-out ones."""
     errors: CommonErrors = CommonErrors()
     """How common errors are picked."""
-    reading: Reading = Reading()
+    reading: ReadingSettings = ReadingSettings()
     """What the tutor reads before the turn that it learns."""
     held_out: float = 0.2
     """Share of the conversations held out."""
@@ -154,7 +154,7 @@ class Config:
 
 tiny = Config(
     tutor="teacher:layers=2",
-    reading=Reading(history=3, max_length=256),
+    reading=ReadingSettings(history=3, max_length=256),
     written=2,
     voice=Voice(max_tokens=8),
     played=1,
@@ -169,7 +169,7 @@ paper = Config(
     tutor="facebook/opt-1.3b",
     base="facebook/opt-1.3b",
     data="eth-nlped/mathdial",
-    reading=Reading(max_length=1024),
+    reading=ReadingSettings(max_length=1024),
     written=512,
     played=64,
     output="runs/mathdial/paper",
@@ -294,7 +294,7 @@ def write_turns(tutor: LanguageModel, pairs: Listed[Pair], length: int) -> list[
     return [strip_turn(text, "teacher", name=pair.before.name).text for text, pair in zip(texts, pairs)]
 
 
-def text_figures(texts: Listed[str], pairs: Listed[Pair], encoder: Encoder) -> dict[str, float]:
+def text_figures(texts: Listed[str], pairs: Listed[Pair], encoder: TextEncoder) -> dict[str, float]:
     """sBLEU, BERT F1, KF1 (against the problem) and the share of the student's words that the turns use again."""
     truth = [pair.turn.text for pair in pairs]
     said = [next((turn.text for turn in reversed(pair.before.turns) if turn.role == "student"), "") for pair in pairs]
@@ -388,7 +388,7 @@ def tutor_table(
     config: Config, told: dict[str, Examined], played: dict[str, dict[str, float]], exam: Listed[Pair]
 ) -> Table:
     """Measures by tutors: held-out turns first, then play."""
-    encoder, table = Encoder(), Table(f"{config.tutor} as a tutor", list(dict.fromkeys([*told, *played])))
+    encoder, table = TextEncoder(), Table(f"{config.tutor} as a tutor", list(dict.fromkeys([*told, *played])))
     for name, examined in told.items():
         cells = {f"held-out loss, {part} problems": value for part, value in examined.loss.items()}
         for row, value in {**cells, **text_figures(examined.texts, exam[: config.written], encoder)}.items():

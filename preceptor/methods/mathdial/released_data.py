@@ -19,7 +19,7 @@ from preceptor.dialogue.tutors import next_step_tutor, parrot_student, self_corr
 from preceptor.errors import UserError
 from preceptor.methods.mathdial.common_errors import CommonErrors, answer_of, marks_of, pick, read_problems, steps_of
 from preceptor.methods.mathdial.next_move import NextMove, read_moves
-from preceptor.methods.mathdial.text_metrics import Encoder
+from preceptor.methods.mathdial.text_metrics import TextEncoder
 from preceptor.methods.mathdial.uptake import Vectors, cross_fitted, overlap_share
 from preceptor.statistics import Cell, Claim, compare, mean_of
 
@@ -229,7 +229,7 @@ def next_move_claims(figures: dict[str, list[float]]) -> Found:
     return found
 
 
-def uptake_ratings(path: Path, seeds: int, encoder: Encoder | None) -> dict[str, list[float]]:
+def uptake_ratings(path: Path, seeds: int, encoder: TextEncoder | None) -> dict[str, list[float]]:
     """Spearman's correlations with the human ratings: of the share of words used again, and of pJSD for each seed.
 
     No rating is seen in training, and no exchange is scored by a classifier that saw its conversation.

@@ -20,7 +20,7 @@ from preceptor.methods.mathdial import released_data as study
 from preceptor.methods.mathdial.recipe import (
     TRAINING,
     Config,
-    Reading,
+    ReadingSettings,
     examine,
     lessons,
     read_data,
@@ -29,7 +29,7 @@ from preceptor.methods.mathdial.recipe import (
     teach,
     text_figures,
 )
-from preceptor.methods.mathdial.text_metrics import Encoder
+from preceptor.methods.mathdial.text_metrics import TextEncoder
 from preceptor.models.loading import load
 from preceptor.report.table import Table
 from preceptor.statistics import compare, mean_of
@@ -57,7 +57,7 @@ def reproduce(seeds: int, folder: Path, full: bool) -> Table:
     parts = [study.released_dialogues(test, folder), study.scripted_play(test), study.filters(data / "gsm8k")]
     moves = keep(folder / "moves.json", lambda: study.next_moves(data / "mathdial", seeds))
     rated = data / "uptake" / "uptake_data.csv"
-    uptake = keep(folder / "uptake.json", lambda: study.uptake_ratings(rated, seeds, Encoder(encoder)))
+    uptake = keep(folder / "uptake.json", lambda: study.uptake_ratings(rated, seeds, TextEncoder(encoder)))
     parts += [study.next_move_claims(moves), study.uptake_claims(uptake, encoder)]
     table = Table("MathDial: released dialogues, moves, uptake, and a tutor", ["known", "found"])
     for part in parts:
@@ -80,9 +80,9 @@ def keep(path: Path, measure: Callable[[], dict[str, list[float]]]) -> dict[str,
 
 def tutor_arm(test: Path, folder: Path, seed: int, full: bool) -> dict[str, list[float]]:
     """One seed of the fine-tuned tutor: each measure before and after."""
-    reading = Reading(("problem",), history=2, max_length=224)
+    reading = ReadingSettings(("problem",), history=2, max_length=224)
     size = Config(reading=reading, exam=40, written=8, voice=Voice(max_tokens=32))
-    size = Config(reading=Reading(history=4), written=64) if full else size
+    size = Config(reading=ReadingSettings(history=4), written=64) if full else size
     output = folder / "tutors" / str(seed)
     training = replace(TRAINING, steps=480 if full else 24, seed=seed)
     config = replace(size, data=str(test), output=str(output), training=training, resume=output.exists())
@@ -91,7 +91,7 @@ def tutor_arm(test: Path, folder: Path, seed: int, full: bool) -> dict[str, list
     pairs, exam = lessons(train, held_out, config, tutor)
     before = examine(tutor, exam, config)
     teach(start(config, tutor.train()), tutor, pairs)
-    both, encoder = (before, examine(tutor.eval(), exam, config)), Encoder()
+    both, encoder = (before, examine(tutor.eval(), exam, config)), TextEncoder()
     rows = [
         {
             **{f"loss, {part}": value for part, value in one.loss.items()},

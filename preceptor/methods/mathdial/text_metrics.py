@@ -54,7 +54,7 @@ def content_words(text: str) -> list[str]:
     return re.sub(r"\b(?:a|an|the)\b", " ", text.lower().translate(_PUNCTUATION)).split()
 
 
-class Encoder:
+class TextEncoder:
     """An encoder of texts, by a name that ``load_encoder`` takes; every figure that rests on it names it.
 
     Raises:
@@ -87,7 +87,7 @@ class Encoder:
         return torch.nn.functional.normalize(torch.stack(found), dim=-1)
 
 
-def bert_f1(written: Sequence[str], references: Sequence[str], encoder: Encoder) -> list[float]:
+def bert_f1(written: Sequence[str], references: Sequence[str], encoder: TextEncoder) -> list[float]:
     """BERT F1 of each text against its reference, 0 to 100 (Zhang et al. 2020), without idf weights or rescaling.
 
     Each token is matched with the other text's nearest by cosine; precision is the mean over the text's tokens, recall

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from preceptor.errors import UserError
-from preceptor.methods.mathdial.text_metrics import Encoder
+from preceptor.methods.mathdial.text_metrics import TextEncoder
 
 Exchange = tuple[str, str]
 
@@ -96,7 +96,7 @@ class Vectors:
     teachers: npt.NDArray[Any]
 
     @classmethod
-    def of(cls, exchanges: Sequence[Exchange], encoder: Encoder | None) -> Vectors:
+    def of(cls, exchanges: Sequence[Exchange], encoder: TextEncoder | None) -> Vectors:
         """Encode exchanges; without an encoder every cosine is 0."""
         if encoder is None:
             nothing = np.zeros((len(exchanges), 1))

@@ -56,7 +56,7 @@ from preceptor.methods.obow.visual_words import (
     DynamicHead,
     Pooling,
     Vocabularies,
-    Watch,
+    VocabularyWatch,
     bag_divergence,
     perplexities,
 )
@@ -157,7 +157,7 @@ paper = Config(
 )
 
 
-class Student(nn.Module):
+class ObowStudent(nn.Module):
     """The backbone and the head that predicts bags of words from its pooled features."""
 
     def __init__(self, backbone: nn.Module, head: DynamicHead) -> None:
@@ -169,8 +169,8 @@ class Student(nn.Module):
         return self.head([pooled(self.backbone, view) for view in views], vocabularies)
 
 
-def make(config: Config, channels: int) -> tuple[Student, MomentumTeacher, Vocabularies]:
-    """Student, teacher and a vocabulary for each level, all drawn from the seed."""
+def make(config: Config, channels: int) -> tuple[ObowStudent, MomentumTeacher, Vocabularies]:
+    """ObowStudent, teacher and a vocabulary for each level, all drawn from the seed."""
     seed = config.training.seed
     backbone = make_backbone(config.backbone, channels, seed=seed)
     levels = levels_of(backbone, config.levels)
@@ -186,7 +186,7 @@ def make(config: Config, channels: int) -> tuple[Student, MomentumTeacher, Vocab
             pooling=config.pooling,
             renewed=config.vocabulary == "queue",
         )
-    return Student(backbone, head), MomentumTeacher(backbone, config.momentum, own_statistics=True), words
+    return ObowStudent(backbone, head), MomentumTeacher(backbone, config.momentum, own_statistics=True), words
 
 
 def momentum_at(start: float, step: int, total: int) -> float:
@@ -195,7 +195,7 @@ def momentum_at(start: float, step: int, total: int) -> float:
 
 
 def lesson(
-    student: Student,
+    student: ObowStudent,
     predict: nn.Module,
     teacher: MomentumTeacher,
     words: Vocabularies,
@@ -227,10 +227,10 @@ def lesson(
 
 
 def learn(
-    run: Run, config: Config, student: Student, teacher: MomentumTeacher, words: Vocabularies, images: Images
+    run: Run, config: Config, student: ObowStudent, teacher: MomentumTeacher, words: Vocabularies, images: Images
 ) -> None:
     """The loop: one lesson a step, and what it says of the words."""
-    watch = Watch(config.words, config.training.batch_size)
+    watch = VocabularyWatch(config.words, config.training.batch_size)
     for name, thing in (("teacher", teacher), ("words", words), ("watch", watch)):
         run.remember(name, thing)
     for batch in run.batches(range(len(images)), images.take):
@@ -275,7 +275,9 @@ def main(config: Config) -> Table | None:
     return examine(config, student, teacher, words, lessons, exam) if run.is_main else None
 
 
-def check_fit(config: Config, student: Student, teacher: MomentumTeacher, words: Vocabularies, images: Images) -> None:
+def check_fit(
+    config: Config, student: ObowStudent, teacher: MomentumTeacher, words: Vocabularies, images: Images
+) -> None:
     """Find at the door what does not fit: a map too small for words, views too small for the network."""
     two = images.take([0, 0])
     try:
@@ -289,7 +291,7 @@ def check_fit(config: Config, student: Student, teacher: MomentumTeacher, words:
 
 
 def examine(
-    config: Config, student: Student, teacher: MomentumTeacher, words: Vocabularies, lessons: Images, exam: Images
+    config: Config, student: ObowStudent, teacher: MomentumTeacher, words: Vocabularies, lessons: Images, exam: Images
 ) -> Table:
     """Examine the features before and after; write student, table, pictures and report."""
     folder, view = Path(config.output), partial(whole, views=config.views)

@@ -289,7 +289,7 @@ def perplexities(bags: Tensor) -> tuple[float, float]:
     return float(perplexity(bags.mean(0))), float(perplexity(bags).mean())
 
 
-class Watch:
+class VocabularyWatch:
     """Sees the perplexities of each step and stops a run whose bags have lost their meaning, with a clear word.
 
     A vocabulary has collapsed when a batch uses fewer than two of its words, and is uniform when an image uses nine

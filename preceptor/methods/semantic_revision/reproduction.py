@@ -22,7 +22,7 @@ from preceptor.distillation.on_policy import OwnSamples
 from preceptor.distillation.teachers import FrozenTeacher, MemoisedTeacher, Teacher
 from preceptor.engine.settings import Training
 from preceptor.errors import UserError
-from preceptor.evaluation.language import Said, ask, evaluate_language
+from preceptor.evaluation.language import ModelOutputs, ask, evaluate_language
 from preceptor.extras import missing_packages
 from preceptor.files import write_whole
 from preceptor.knowledge import HiddenTargets
@@ -366,7 +366,7 @@ def _samples(teacher: LanguageModel, sequences: list[Sequence], places: Listed[t
 
 
 @torch.no_grad()
-def _nll(said: Said, sequences: list[Sequence]) -> list[Tensor]:
+def _nll(said: ModelOutputs, sequences: list[Sequence]) -> list[Tensor]:
     labels = [torch.tensor(sequence.ids[len(sequence.prompt) :]).unsqueeze(-1) for sequence in sequences]
     log_p = [project(rows, said.head).float().log_softmax(-1) for rows in said.rows]
     return [-rows.gather(-1, wanted).squeeze(-1) for rows, wanted in zip(log_p, labels)]

@@ -133,7 +133,7 @@ class Prompts:
 
 
 @dataclass(frozen=True)
-class Views:
+class HintedPair:
     """One reply seen twice: after the hinted prompt (``teacher``) and after the bare question (``student``)."""
 
     name: str
@@ -143,7 +143,7 @@ class Views:
 
 def views(
     kept: Listed[Tried], prompts: Prompts, tokenizer: Any, *, max_length: int, stop: frozenset[int]
-) -> list[Views]:
+) -> list[HintedPair]:
     """The two sequences of each kept question, of as many response tokens each.
 
     What is longer than ``max_length`` keeps the reply's first tokens and the prompt's last ones, with a warning that
@@ -167,7 +167,7 @@ def views(
         before = prompts.show(one, tokenizer), prompts.learn(one.item, tokenizer)
         cut += any(len(prompt) + len(reply) > max_length for prompt in before)
         if reply:
-            found.append(Views(one.item.id, *(fitted(prompt, reply, max_length) for prompt in before)))
+            found.append(HintedPair(one.item.id, *(fitted(prompt, reply, max_length) for prompt in before)))
     if cut:
         warnings.warn(f"{cut} of {len(kept)} replies and prompts are cut to {max_length} tokens.", stacklevel=2)
     return found
@@ -196,7 +196,7 @@ class Hinted:
         UserError: the two views of an example hold different replies; it is named.
     """
 
-    def __init__(self, said: Teacher, shown: Listed[Views], pad_id: int) -> None:
+    def __init__(self, said: Teacher, shown: Listed[HintedPair], pad_id: int) -> None:
         self.said, self.pad_id = said, pad_id
         self.heard: Mapping[Sequence, Sequence] = {one.student: one.teacher for one in shown}
         for one in shown:

@@ -1,4 +1,4 @@
-"""Questions with verifiable answers, chosen by name: sums of a tunable difficulty, generated problems, or files.
+"""QuestionSource with verifiable answers, chosen by name: sums of a tunable difficulty, generated problems, or files.
 
 Whatever is drawn, the questions of the exam are none of those that are learned from.
 """
@@ -26,7 +26,7 @@ PROBLEMS = "problems"
 
 
 @dataclass(frozen=True)
-class Questions:
+class QuestionSource:
     """Where questions come from, and how an answer is compared."""
 
     source: str = SUMS
@@ -40,9 +40,9 @@ class Questions:
     skills: tuple[str, ...] = ()
     """Of ``problems``: skills (``addition``) or subskills (``division/remainder``); empty: all."""
     count: int = 512
-    """Questions that are tried, at most."""
+    """QuestionSource that are tried, at most."""
     exam: int = 200
-    """Questions of the exam; they are kept apart from those that are learned from."""
+    """QuestionSource of the exam; they are kept apart from those that are learned from."""
     exam_source: str = ""
     """A file or folder to examine in; empty: questions of ``source``."""
     compare: Literal["value", "text"] = "value"
@@ -70,7 +70,7 @@ class Questions:
         return by_value if self.compare == "value" else by_text
 
 
-def draw(questions: Questions, seed: int) -> tuple[list[Item], list[Item]]:
+def draw(questions: QuestionSource, seed: int) -> tuple[list[Item], list[Item]]:
     """The questions to learn from and those of the exam, no text in both; the same seed draws the same ones.
 
     Raises:
@@ -95,7 +95,7 @@ def draw(questions: Questions, seed: int) -> tuple[list[Item], list[Item]]:
     return rest, exam
 
 
-def _found(questions: Questions, seed: int) -> list[Item]:
+def _found(questions: QuestionSource, seed: int) -> list[Item]:
     wanted = questions.count + (0 if questions.exam_source else questions.exam)
     if questions.source == SUMS:
         name = f"{questions.terms} terms"
@@ -133,7 +133,7 @@ def read_file(path: Path) -> tuple[Item, ...]:
     return read_math(path) if "problem" in names else read_problems(path).problems
 
 
-def _sum(questions: Questions, skill: str, stream: random.Random) -> Item:
+def _sum(questions: QuestionSource, skill: str, stream: random.Random) -> Item:
     """A sum in the one order that its numbers decide: 3 + 5 and 5 + 3 would be one question twice."""
     numbers = sorted(stream.randint(questions.smallest, questions.largest) for _ in range(questions.terms))
     random.Random(str(numbers)).shuffle(numbers)

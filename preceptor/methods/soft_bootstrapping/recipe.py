@@ -46,7 +46,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from preceptor.cache import Plan, Wanted, capture
+from preceptor.cache import CapturePlan, Wanted, capture
 from preceptor.cache.header import Header
 from preceptor.catalogue import repeat
 from preceptor.data.sequences import Sequence, collate
@@ -59,9 +59,9 @@ from preceptor.engine.settings import Training
 from preceptor.errors import UserError
 from preceptor.evaluation.language import TAUGHT, UNTAUGHT
 from preceptor.evaluation.result import write_result
-from preceptor.methods.soft_bootstrapping.hints import Hinted, Prompts, Views, views
+from preceptor.methods.soft_bootstrapping.hints import Hinted, HintedPair, Prompts, views
 from preceptor.methods.soft_bootstrapping.pictures import draw_selection
-from preceptor.methods.soft_bootstrapping.questions import Questions, draw
+from preceptor.methods.soft_bootstrapping.questions import QuestionSource, draw
 from preceptor.methods.soft_bootstrapping.rollouts import Rollout, Tried, judged, statistics
 from preceptor.methods.soft_bootstrapping.sampling import write
 from preceptor.methods.soft_bootstrapping.selection import Rolling, collect, enough, statistics_table, write_statistics
@@ -91,7 +91,7 @@ SHORT = Prompts(
 )
 
 
-SMALL = Questions(smallest=2, largest=35)  # of which it answers a quarter to a third
+SMALL = QuestionSource(smallest=2, largest=35)  # of which it answers a quarter to a third
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Config:
     """The model that teaches itself: ``smollm2`` (embedded), a folder, a GGUF file or a hub name."""
     student: str = "lora:rank=8,alpha=16"
     """``lora:rank=8[,base=..]``; or any other student of this model's tokenizer, which it teaches from outside."""
-    questions: Questions = SMALL
+    questions: QuestionSource = SMALL
     """What is asked."""
     prompts: Prompts = SHORT
     """What teacher and student are told besides."""
@@ -151,7 +151,7 @@ tiny = Config(
 paper = Config(
     teacher="Qwen/Qwen2.5-3B-Instruct",
     student="lora:rank=32,alpha=32",
-    questions=Questions(source="gsm8k/train.jsonl", exam_source="math500.jsonl", count=7473, exam=500),
+    questions=QuestionSource(source="gsm8k/train.jsonl", exam_source="math500.jsonl", count=7473, exam=500),
     prompts=Prompts(),
     rolling=Rolling(copies=4, length=8192),
     pairs=256,
@@ -258,7 +258,7 @@ def gather(config: Config, teacher: LanguageModel, items: Listed[Item], verify: 
     )
 
 
-def lessons(config: Config, tried: Listed[Tried], teacher: LanguageModel) -> tuple[list[Views], list[Views]]:
+def lessons(config: Config, tried: Listed[Tried], teacher: LanguageModel) -> tuple[list[HintedPair], list[HintedPair]]:
     """The replies to learn from, at most ``pairs``, and those held out, in their two views."""
     kept = [one for one in tried if one.outcome == "kept"][: config.pairs + config.held_out]
     tokenizer, stop = teacher.tokenizer, teacher.stop_ids
@@ -266,7 +266,7 @@ def lessons(config: Config, tried: Listed[Tried], teacher: LanguageModel) -> tup
     return found[config.held_out :], found[: config.held_out]
 
 
-def listen(config: Config, run: Run, teacher: LanguageModel, student: LanguageModel, shown: list[Views]) -> Hinted:
+def listen(config: Config, run: Run, teacher: LanguageModel, student: LanguageModel, shown: list[HintedPair]) -> Hinted:
     """Who answers for a hinted reply: a cache, the student's own base, or the teacher itself."""
     said: Teacher = (
         _cached(config, run, teacher, shown) if config.cache else answer_online(run, teacher, student, config.student)
@@ -274,11 +274,11 @@ def listen(config: Config, run: Run, teacher: LanguageModel, student: LanguageMo
     return Hinted(said, shown, student.pad_id)
 
 
-def _cached(config: Config, run: Run, teacher: LanguageModel, shown: list[Views]) -> Teacher:
+def _cached(config: Config, run: Run, teacher: LanguageModel, shown: list[HintedPair]) -> Teacher:
     folder = Path(config.cache)
     if (folder / "header.json").exists() and (other := Header.read(folder).teacher) != config.teacher:
         raise UserError(f"The cache {config.cache} is of the teacher {other}, not of {config.teacher}: choose another.")
-    plan = Plan(Wanted(budget=200.0, k=2048), kind="hidden")
+    plan = CapturePlan(Wanted(budget=200.0, k=2048), kind="hidden")
     with run.accelerator.main_process_first():
         kept = capture(
             teacher,

@@ -20,8 +20,8 @@ from preceptor.distillation.teachers import AdapterOff, Teacher
 from preceptor.engine.run import Run
 from preceptor.files import write_whole
 from preceptor.knowledge import HiddenTargets
-from preceptor.methods.soft_bootstrapping.hints import Hinted, Views
-from preceptor.methods.soft_bootstrapping.questions import Questions, draw
+from preceptor.methods.soft_bootstrapping.hints import Hinted, HintedPair
+from preceptor.methods.soft_bootstrapping.questions import QuestionSource, draw
 from preceptor.methods.soft_bootstrapping.recipe import (
     Config,
     gather,
@@ -69,7 +69,7 @@ ROLLED = "rollouts"  # the first stage's figures, beside those of the arms
 class ShuffledReplies:
     """The control: each example gets what the teacher said of another one's reply, cut or held to its length."""
 
-    def __init__(self, said: Hinted, shown: list[Views]) -> None:
+    def __init__(self, said: Hinted, shown: list[HintedPair]) -> None:
         self.said = said
         around = [*shown[1:], *shown[:1]]
         self.partner = {one.student: other.student for one, other in zip(shown, around)}
@@ -195,7 +195,7 @@ def _one_seed(seed: int, folder: Path, full: bool) -> dict[str, Any]:
     plain = Config()
     config = replace(
         plain,
-        questions=Questions(
+        questions=QuestionSource(
             smallest=2, largest=60 if full else 35, count=1500 if full else 500, exam=500 if full else 380
         ),
         pairs=200 if full else 64,
@@ -217,7 +217,7 @@ def _one_seed(seed: int, folder: Path, full: bool) -> dict[str, Any]:
     return figures
 
 
-def _rolled(config: Config, teacher: LanguageModel, tried: list[Tried], held: list[Views]) -> dict[str, Any]:
+def _rolled(config: Config, teacher: LanguageModel, tried: list[Tried], held: list[HintedPair]) -> dict[str, Any]:
     """What the rollouts show: that every pair is sound, what the hint is worth, and the zero test in float32."""
     kept = [one for one in tried if one.outcome == "kept"]
     sound = [
@@ -234,7 +234,7 @@ def _rolled(config: Config, teacher: LanguageModel, tried: list[Tried], held: li
     bare = write(teacher, prompts, sampling, batch_size=config.rolling.batch_size)
     marks = [judged(one.item, ids, teacher, by_value).correct for one, ids in zip(mixed, bare)]
     student = unlearned(config)
-    few, same = held[:2], [Views(one.name, one.student, one.student) for one in held[:2]]
+    few, same = held[:2], [HintedPair(one.name, one.student, one.student) for one in held[:2]]
     replies = [one.student for one in few]
     losses = [loss_of_held(student, Hinted(AdapterOff(student), shown, 0), replies, config) for shown in (same, few)]
     return {
@@ -252,8 +252,8 @@ def _arm(
     config: Config,
     teacher: LanguageModel,
     tried: list[Tried],
-    train: list[Views],
-    held: list[Views],
+    train: list[HintedPair],
+    held: list[HintedPair],
     exam: list[Item],
 ) -> dict[str, Any]:
     """One arm from the same start: taught, then measured on held-out replies and on new questions."""
@@ -271,7 +271,7 @@ def _arm(
     if arm == SHUFFLED:
         _teach(run, ShuffledReplies(said, train), replies, soft, student)
     elif arm == UNHINTED:
-        same = [Views(one.name, one.student, one.student) for one in train]
+        same = [HintedPair(one.name, one.student, one.student) for one in train]
         _teach(run, Hinted(AdapterOff(student), same, student.pad_id), replies, soft, student)
     elif arm in (LABELLED, REJECTION):
         _teach(run, None, replies, replace(soft, objective=LABELS), student)

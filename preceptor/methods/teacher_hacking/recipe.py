@@ -66,14 +66,14 @@ from preceptor.engine.run import Run
 from preceptor.engine.run_folder import check_folder
 from preceptor.engine.settings import Training
 from preceptor.errors import UserError
-from preceptor.evaluation.power_law import Verdict, Watch, constant_part, find_departure
+from preceptor.evaluation.power_law import PowerLawVerdict, WatchBounds, constant_part, find_departure
 from preceptor.evaluation.power_law_picture import draw_law
 from preceptor.evaluation.result import write_result
-from preceptor.methods.teacher_hacking.authors import Author, LanguageAuthor
 from preceptor.methods.teacher_hacking.label import Label
 from preceptor.methods.teacher_hacking.pictures import draw_plane
 from preceptor.methods.teacher_hacking.sequence_divergence import own_divergence
 from preceptor.methods.teacher_hacking.stage_one import TOGETHER, Data, Laboratory, Setup, build, written
+from preceptor.methods.teacher_hacking.text_models import LanguageAuthor, TextModel
 from preceptor.methods.teacher_hacking.trajectory import Course
 from preceptor.models.identity import tokenizer_hash
 from preceptor.models.language_model import LanguageModel
@@ -116,7 +116,7 @@ class Config:
     """Stage one of the teacher."""
     student_training: Training = replace(FINE_TUNING, steps=28, learning_rate=5e-3)
     """Stage one of the student."""
-    watch: Watch = Watch()
+    watch: WatchBounds = WatchBounds()
     """How closely the proxy is watched for a departure from its power law."""
     output: str = "runs/teacher_hacking/run"
     """Folder of the run."""
@@ -174,7 +174,7 @@ class AnswerSet:
         self.fixed, self.now, self.online = fixed, fixed, online
         self.turned, self.empty = -1, 0
 
-    def turn(self, number: int, writer: Author, length: int) -> None:
+    def turn(self, number: int, writer: TextModel, length: int) -> None:
         """Open pass ``number``: the online answers are written, all at once, once for each pass."""
         if number == self.turned:
             return
@@ -291,7 +291,7 @@ def start(config: Config, student: LanguageModel) -> Run:
     )
 
 
-def judge(course: Course, config: Config) -> Verdict:
+def judge(course: Course, config: Config) -> PowerLawVerdict:
     """What the detector says of the proxy alone."""
     total = course.steps[-1]
     return find_departure(constant_part(course.points(), config.training, total), config.watch)

@@ -20,13 +20,13 @@ from torch import Tensor
 from preceptor.data.sequences import Batch, Sequence, collate
 from preceptor.errors import UserError
 from preceptor.knowledge import Head, HiddenTargets, LogitTargets, SoftTargets, moved, rows_of
-from preceptor.methods.teacher_hacking.authors import Author
+from preceptor.methods.teacher_hacking.text_models import TextModel
 from preceptor.models.language_model import LanguageModel, in_evaluation, project
 
 CHUNK_BYTES = 128 << 20  # of float64 matrices (rows, vocabulary) at a time; three of them are held
 
 
-class Exam:
+class DivergenceExam:
     """Sequences that an author wrote once, with what it says of them.
 
     ``tokens``: (N,) float64, how many response tokens each sequence has.
@@ -43,7 +43,7 @@ class Exam:
     """
 
     def __init__(
-        self, author: Author, sequences: Listed[Sequence], *, pad_id: int, device: torch.device, batch_size: int = 64
+        self, author: TextModel, sequences: Listed[Sequence], *, pad_id: int, device: torch.device, batch_size: int = 64
     ) -> None:
         if not sequences or not all(any(sequence.response[1:]) for sequence in sequences):
             raise UserError("An exam needs sequences with at least one response token each: leave out empty answers.")
@@ -60,10 +60,10 @@ class Exam:
 
 
 def own_divergence(
-    student: LanguageModel, author: Author, sequences: Listed[Sequence], *, batch_size: int = 64
+    student: LanguageModel, author: TextModel, sequences: Listed[Sequence], *, batch_size: int = 64
 ) -> Tensor:
     """The other direction, Σ_t KL(student ‖ author) of each sequence (N,), which the student must have written."""
-    exam = Exam(author, sequences, pad_id=student.pad_id, device=student.device, batch_size=batch_size)
+    exam = DivergenceExam(author, sequences, pad_id=student.pad_id, device=student.device, batch_size=batch_size)
     return torch.cat([_sums(student, batch, said, reverse=True) for batch, said in exam.parts])
 
 

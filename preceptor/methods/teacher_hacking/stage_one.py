@@ -28,16 +28,16 @@ from preceptor.engine.run_folder import open_folder
 from preceptor.engine.settings import Training
 from preceptor.errors import UserError
 from preceptor.files import write_whole
-from preceptor.methods.teacher_hacking.authors import (
-    Author,
+from preceptor.methods.teacher_hacking.markov_sources import make_source
+from preceptor.methods.teacher_hacking.sequence_divergence import DivergenceExam
+from preceptor.methods.teacher_hacking.text_models import (
     LanguageAuthor,
     Prompt,
     SourceAuthor,
+    TextModel,
     answered,
     symbol_model,
 )
-from preceptor.methods.teacher_hacking.markov_sources import make_source
-from preceptor.methods.teacher_hacking.sequence_divergence import Exam
 from preceptor.models.identity import same_tokenizer
 from preceptor.models.language_model import LanguageModel
 from preceptor.models.loading import load
@@ -121,12 +121,12 @@ class Laboratory:
     ``oracle`` is None where it was not to be kept: what it says of its exam is in the exam.
     """
 
-    oracle: Author | None
-    teacher: Author
+    oracle: TextModel | None
+    teacher: TextModel
     start: LanguageModel
     prompts: list[Prompt]
-    golden: Exam
-    proxy: Exam
+    golden: DivergenceExam
+    proxy: DivergenceExam
     imperfection: Value
 
 
@@ -162,7 +162,7 @@ def build(folder: Path, setup: Setup, *, resume: bool, keep_oracle: bool = True)
     with accelerator.main_process_first():
         # The seed of the golden answers: a teacher that is the oracle then sits the same exam.
         proxy = written(folder / "proxy.jsonl", teacher, held_out, data.answer_length, seed=seed + 1)
-    sit = partial(Exam, pad_id=family.pad_id, device=accelerator.device, batch_size=READ)
+    sit = partial(DivergenceExam, pad_id=family.pad_id, device=accelerator.device, batch_size=READ)
     exam = sit(truth, golden)
     apart = exam.divergence(model).tolist() if model is not None else [0.0] * len(golden)
     imperfection = ratio_of(apart, exam.tokens.tolist())
@@ -175,7 +175,7 @@ def build(folder: Path, setup: Setup, *, resume: bool, keep_oracle: bool = True)
     return Laboratory(kept, teacher, student, prompts, exam, sit(teacher, proxy), imperfection)
 
 
-def open_oracle(spec: str, data: Data, *, seed: int) -> tuple[Author, LanguageModel]:
+def open_oracle(spec: str, data: Data, *, seed: int) -> tuple[TextModel, LanguageModel]:
     """The oracle, and the model whose architecture and tokenizer teacher and student take."""
     if spec.partition(":")[0] in SOURCES:
         source = make_source(spec, seed=seed)
@@ -200,7 +200,7 @@ def fine_tune(model: LanguageModel, pairs: list[Sequence], training: Training, f
         model.save(done, card={"method": "fine-tuning on the answers of an oracle"})
 
 
-def written(path: Path, author: Author, prompts: Listed[Prompt], length: int, *, seed: int) -> list[Sequence]:
+def written(path: Path, author: TextModel, prompts: Listed[Prompt], length: int, *, seed: int) -> list[Sequence]:
     """The author's answers to the prompts, read from a file or written now and kept there.
 
     Empty answers are left out, and counted in a warning.
@@ -224,7 +224,7 @@ def written(path: Path, author: Author, prompts: Listed[Prompt], length: int, *,
     return full
 
 
-def _prompts(author: Author, family: LanguageModel, data: Data, seed: int) -> tuple[list[Prompt], ...]:
+def _prompts(author: TextModel, family: LanguageModel, data: Data, seed: int) -> tuple[list[Prompt], ...]:
     """Distinct prompts for stage one, for the distillation and for the exams."""
     sizes = (data.oracle, data.prompts, data.held_out)
     with torch.random.fork_rng():

@@ -23,7 +23,7 @@ ROWS_ACCELERATOR = 512
 
 
 @dataclass
-class Reading:
+class ForwardState:
     """What the layers of one forward pass have in common.
 
     ``new`` tokens are read after ``past`` ones. ``padding``: (B, S) boolean, True where a key is padding, or None.
@@ -59,7 +59,7 @@ class Leader(nn.Module):
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
-        sharing: Reading,
+        sharing: ForwardState,
         attention_mask: None = None,
         position_ids: None = None,
         past_key_values: None = None,
@@ -108,7 +108,7 @@ class Follower(nn.Module):
         self,
         hidden_states: Tensor,
         position_embeddings: None,
-        sharing: Reading,
+        sharing: ForwardState,
         attention_mask: None = None,
         position_ids: None = None,
         past_key_values: None = None,

@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import AutoModel, AutoModelForCausal
 from transformers.utils.generic import can_return_tuple
 
 from preceptor.errors import UserError
-from preceptor.models.shared_attention.attention import Follower, Leader, Reading, padding_of, removed_parts
+from preceptor.models.shared_attention.attention import Follower, ForwardState, Leader, padding_of, removed_parts
 from preceptor.models.shared_attention.blocks import ALIGNED
 from preceptor.models.shared_attention.cache import SharedCache
 from preceptor.models.shared_attention.config import SharedAttentionConfig, check_architecture, window_of
@@ -99,7 +99,7 @@ class SharedAttentionModel(SharedAttentionPreTrainedModel):
         padding = padding_of(attention_mask, past + new, aligned=cache is not None and new < ALIGNED)
         if position_ids is None:
             position_ids = torch.arange(past, past + new, device=hidden.device).unsqueeze(0)
-        reading, positions = Reading(new, past, padding, cache), self._rotations(hidden, position_ids)
+        reading, positions = ForwardState(new, past, padding, cache), self._rotations(hidden, position_ids)
         entered: list[Tensor] = []
         for index, layer in enumerate(self.decoder.layers):
             if output_hidden_states:

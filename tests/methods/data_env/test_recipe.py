@@ -26,7 +26,7 @@ from preceptor.methods.data_env.recipe import Config, make_pupil, make_task, mak
 from preceptor.methods.data_env.reproduction import shuffled  # noqa: E402
 from preceptor.methods.data_env.rounds import datum_from, datum_json, read_iterations, read_lines  # noqa: E402
 from preceptor.methods.data_env.small_models import small_student  # noqa: E402
-from preceptor.methods.data_env.student import Pupil  # noqa: E402
+from preceptor.methods.data_env.student import TaskStudent  # noqa: E402
 from preceptor.tasks.contamination import leaks  # noqa: E402
 from preceptor.tasks.figures import Figures  # noqa: E402
 
@@ -93,7 +93,7 @@ def test_school_gives_few_items_of_what_is_to_stay_weak(tmp_path: Path, monkeypa
     def learn(self: object, data: list, folder: Path) -> None:
         learned.append(Counter(datum.subskill for datum in data))
 
-    monkeypatch.setattr(Pupil, "learn", learn)
+    monkeypatch.setattr(TaskStudent, "learn", learn)
     config = Config(skills=("reversal",))
     task = make_task(config)
     questions = draw_questions(config.exam, task, seed=0)
@@ -197,7 +197,7 @@ def test_answers_are_read_to_their_end() -> None:
 
 
 def test_language_models_are_asked_in_words(tmp_path: Path) -> None:
-    Pupil(small_student(seed=0), make_task(Config()), Training(steps=1)).save(tmp_path / "small", card={})
+    TaskStudent(small_student(seed=0), make_task(Config()), Training(steps=1)).save(tmp_path / "small", card={})
     forms = {
         student: vars(make_task(Config(student=student)))["form"]
         for student in ("small", "smollm2", str(tmp_path / "small"))
@@ -210,7 +210,7 @@ def test_the_pool_that_a_teacher_is_shown_holds_no_question_of_the_exam(tmp_path
     task = make_task(config)
     with pytest.warns(UserWarning, match="The exam asks only"):
         questions = draw_questions(config.exam, task, seed=0)
-    pupil = Pupil(small_student(seed=0), task, config.training)
+    pupil = TaskStudent(small_student(seed=0), task, config.training)
     _, act = make_world(config, task, pupil, questions, None)
     pool = inspect.getclosurevars(act).nonlocals["writes"].pool
     assert pool

@@ -11,8 +11,14 @@ from torch import Tensor, nn
 
 from preceptor.engine.settings import Training
 from preceptor.errors import UserError
-from preceptor.methods.data_env.small_models import PATCH, Seeing, cut_patches, load_pupil_model, small_student
-from preceptor.methods.data_env.student import Pupil
+from preceptor.methods.data_env.small_models import (
+    PATCH,
+    ImagePrefixModel,
+    cut_patches,
+    load_pupil_model,
+    small_student,
+)
+from preceptor.methods.data_env.student import TaskStudent
 from preceptor.tasks.arithmetic import Arithmetic
 from preceptor.tasks.figures import Figures
 
@@ -25,9 +31,9 @@ def weights(model: nn.Module) -> Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
-def pupil(training: Training = SHORT, adapter: str = "") -> Pupil:
+def pupil(training: Training = SHORT, adapter: str = "") -> TaskStudent:
     first = small_student(seed=0)
-    return Pupil(first, TASK, training, adapter=adapter, answer_length=8)
+    return TaskStudent(first, TASK, training, adapter=adapter, answer_length=8)
 
 
 def test_the_small_student_learns_what_it_is_shown() -> None:
@@ -86,8 +92,8 @@ SIGHT = Figures(only=("counting/colour", "naming"))
 
 def test_a_student_that_sees_is_moved_by_the_image() -> None:
     torch.manual_seed(0)
-    learner = Pupil(small_student(seed=0, sees=True), SIGHT, SHORT, answer_length=4)
-    assert isinstance(learner.first, Seeing)
+    learner = TaskStudent(small_student(seed=0, sees=True), SIGHT, SHORT, answer_length=4)
+    assert isinstance(learner.first, ImagePrefixModel)
     items = SIGHT.items(12, seed=1)
     data = [SIGHT.datum(item) for item in items]
     learner.learn(data, Path("lesson"))
@@ -101,17 +107,17 @@ def test_a_student_that_sees_is_moved_by_the_image() -> None:
 
 
 def test_a_student_that_sees_is_saved_with_its_eyes() -> None:
-    learner = Pupil(small_student(seed=0, sees=True), SIGHT, SHORT, answer_length=4)
+    learner = TaskStudent(small_student(seed=0, sees=True), SIGHT, SHORT, answer_length=4)
     items = SIGHT.items(10, seed=2)
     learner.learn([SIGHT.datum(item) for item in items], Path("lesson"))
     learner.save(Path("student"), card={"method": "test"})
-    loaded = Pupil(load_pupil_model(Path("student")), SIGHT, SHORT, answer_length=4)
+    loaded = TaskStudent(load_pupil_model(Path("student")), SIGHT, SHORT, answer_length=4)
     assert loaded.answer(items) == learner.answer(items)
     assert torch.equal(weights(loaded.model), weights(learner.model))
 
 
 def test_answers_of_questions_of_many_lengths_come_in_their_order() -> None:
-    learner = Pupil(small_student(seed=3, sees=True), SIGHT, SHORT, answer_length=3)
+    learner = TaskStudent(small_student(seed=3, sees=True), SIGHT, SHORT, answer_length=3)
     items = SIGHT.items(9, seed=2)
     alone = [learner.answer([item])[0] for item in items]
     assert learner.answer(items) == alone

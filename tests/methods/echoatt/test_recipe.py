@@ -18,8 +18,8 @@ from preceptor.methods.echoatt.observed import Observed
 from preceptor.methods.echoatt.passages import Passages, read_passages
 from preceptor.methods.echoatt.recipe import (
     Config,
+    LayerTargets,
     Original,
-    Said,
     distil,
     go_on,
     inner_distance,
@@ -124,7 +124,7 @@ def test_the_teacher_is_asked_in_the_first_stage_only_and_never_changed(tokenize
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     student, asked, said = student_of(teacher), [], Original(teacher, ends)
 
-    def counted(batch) -> Said:
+    def counted(batch) -> LayerTargets:
         asked.append(len(batch))
         return said(batch)
 

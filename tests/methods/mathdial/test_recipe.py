@@ -26,7 +26,7 @@ from preceptor.methods.mathdial.common_errors import (
 from preceptor.methods.mathdial.next_move import NextMove, counts, read_moves
 from preceptor.methods.mathdial.recipe import (
     Config,
-    Reading,
+    ReadingSettings,
     encode_pair,
     lessons,
     loss_by_problems,
@@ -161,7 +161,7 @@ def test_problems_of_another_form_are_refused() -> None:
 
 
 def test_only_the_turn_to_be_learned_counts_and_its_loss_is_the_formula(model: LanguageModel) -> None:
-    config = Config(reading=Reading(history=2))
+    config = Config(reading=ReadingSettings(history=2))
     dialogue = worked_dialogues()[0]
     pairs = make_pairs([dialogue], config, model.tokenizer)
     assert len(pairs) == len(dialogue.of("teacher")) - 1
@@ -186,10 +186,15 @@ def test_only_the_turn_to_be_learned_counts_and_its_loss_is_the_formula(model: L
 def test_a_long_history_loses_its_oldest_turns_and_no_problem(model: LanguageModel) -> None:
     dialogue = worked_dialogues()[0]
     before = replace(dialogue, turns=dialogue.turns[:7])
-    whole = encode_pair(before, Turn("teacher", "Next?"), Config(reading=Reading(max_length=2048)), model.tokenizer)
+    whole = encode_pair(
+        before, Turn("teacher", "Next?"), Config(reading=ReadingSettings(max_length=2048)), model.tokenizer
+    )
     assert whole is not None
     cut = encode_pair(
-        before, Turn("teacher", "Next?"), Config(reading=Reading(max_length=len(whole.ids) - 1)), model.tokenizer
+        before,
+        Turn("teacher", "Next?"),
+        Config(reading=ReadingSettings(max_length=len(whole.ids) - 1)),
+        model.tokenizer,
     )
     assert cut is not None
     text = model.tokenizer.decode(cut.ids)
@@ -198,7 +203,8 @@ def test_a_long_history_loses_its_oldest_turns_and_no_problem(model: LanguageMod
     assert dialogue.turns[0].text not in text
     assert dialogue.turns[6].text in text
     assert (
-        encode_pair(before, Turn("teacher", "Next?"), Config(reading=Reading(max_length=20)), model.tokenizer) is None
+        encode_pair(before, Turn("teacher", "Next?"), Config(reading=ReadingSettings(max_length=20)), model.tokenizer)
+        is None
     )
 
 
@@ -214,7 +220,7 @@ def test_conversations_are_split_and_problems_known(model: LanguageModel) -> Non
     with pytest.raises(UserError, match="cannot be split"):
         split(dialogues[:1], 0.2, 0)
     with pytest.raises(UserError, match=r"raise reading\.max_length"):
-        lessons(train, held_out, Config(reading=Reading(max_length=10)), model)
+        lessons(train, held_out, Config(reading=ReadingSettings(max_length=10)), model)
 
 
 def test_data_that_is_not_there_is_told() -> None:

@@ -16,7 +16,7 @@ from preceptor.engine.run import NonFiniteLoss, Run
 from preceptor.engine.settings import Training
 from preceptor.errors import UserError
 from preceptor.methods.obow import recipe as obow, reproduction as experiment
-from preceptor.methods.obow.recipe import Config, Student, lesson, make, momentum_at, tiny
+from preceptor.methods.obow.recipe import Config, ObowStudent, lesson, make, momentum_at, tiny
 from preceptor.methods.obow.visual_words import DynamicHead, Vocabularies, bag_divergence
 from preceptor.vision.backbones import levels_of, make_backbone
 from preceptor.vision.images import Images, held
@@ -132,7 +132,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not() -> None:
     )
     config = replace(SMALL, training=training)
 
-    def learn(folder: str, *, resume: bool = False) -> tuple[Student, MomentumTeacher, Vocabularies]:
+    def learn(folder: str, *, resume: bool = False) -> tuple[ObowStudent, MomentumTeacher, Vocabularies]:
         student, teacher, words = make(config, 1)
         run = Run(training, student=student, folder=folder, config=config, resume=resume)
         obow.learn(run, config, student, teacher, words, images())
@@ -164,7 +164,7 @@ def test_any_backbone_that_names_its_levels_can_learn() -> None:
             return {"first": first, "second": self.second(first).relu()}
 
     backbone = Own()
-    student = Student(backbone, DynamicHead(list(levels_of(backbone).values()), 8, kappa=5.0))
+    student = ObowStudent(backbone, DynamicHead(list(levels_of(backbone).values()), 8, kappa=5.0))
     teacher, words = MomentumTeacher(backbone, 0.9, own_statistics=True), Vocabularies(levels_of(backbone), 12)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     torch.manual_seed(0)

@@ -12,7 +12,7 @@ from preceptor.methods.obow.visual_words import (
     DynamicHead,
     VisualWords,
     Vocabularies,
-    Watch,
+    VocabularyWatch,
     bag_divergence,
     perplexities,
 )
@@ -201,11 +201,11 @@ def test_perplexities_count_words() -> None:
 
 @pytest.mark.parametrize(("batch", "image", "word"), [(1.2, 1.1, "collapsed"), (99.0, 95.0, "uniform")])
 def test_a_run_that_lost_its_meaning_is_stopped_after_patience(batch: float, image: float, word: str) -> None:
-    watch, first = Watch(100, 10), 10
-    for _ in range(first + Watch.PATIENCE - 1):
+    watch, first = VocabularyWatch(100, 10), 10
+    for _ in range(first + VocabularyWatch.PATIENCE - 1):
         watch.see("block4", batch, image, 0.3)
     watch.see("block2", 60.0, 20.0, 0.3)
-    again = Watch(100, 10)
+    again = VocabularyWatch(100, 10)
     again.load_state_dict(watch.state_dict())
     again.see("block4", 60.0, 20.0, 0.3)  # one good step, and the count begins anew
     again.see("block4", batch, image, 0.3)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from preceptor.cache import Cache, Plan, Wanted, capture
+from preceptor.cache import Cache, CapturePlan, Wanted, capture
 from preceptor.data.encoding import encode_prompt
 from preceptor.data.sequences import Batch, Sequence, collate
 from preceptor.distillation.objective import LABELS, Objective
@@ -18,15 +18,15 @@ from preceptor.errors import UserError
 from preceptor.evaluation.language import TAUGHT, UNTAUGHT
 from preceptor.knowledge import Head, HiddenTargets, LogitTargets
 from preceptor.methods.soft_bootstrapping import recipe as recipe
-from preceptor.methods.soft_bootstrapping.hints import Hinted, Prompts, Views, fitted
-from preceptor.methods.soft_bootstrapping.questions import Questions
+from preceptor.methods.soft_bootstrapping.hints import Hinted, HintedPair, Prompts, fitted
+from preceptor.methods.soft_bootstrapping.questions import QuestionSource
 from preceptor.methods.soft_bootstrapping.recipe import Config, bootstrap, main, paper, to_write
 from preceptor.methods.soft_bootstrapping.selection import Rolling
 from preceptor.models.language_model import LanguageModel
 from preceptor.models.loading import load
 from preceptor.models.memory import memory_needed
 from preceptor.models.student import make_student
-from preceptor.tasks.boxed import Verdict
+from preceptor.tasks.boxed import Judgement
 from preceptor.tasks.records import Item
 
 SIZES = {
@@ -64,7 +64,7 @@ def student(base):
 
 
 def view(name, hinted, bare, reply):
-    return Views(
+    return HintedPair(
         name, *(Sequence(p + reply, (False,) * len(p) + (True,) * len(reply)) for p in (tuple(hinted), tuple(bare)))
     )
 
@@ -74,7 +74,7 @@ SHOWN = [
     view("b", range(40, 52), range(70, 78), (5, 6, 2)),
     view("c", range(35, 66), range(80, 84), (11, 12, 13, 14, 15, 2)),
 ]
-SAME = [Views(one.name, one.student, one.student) for one in SHOWN]
+SAME = [HintedPair(one.name, one.student, one.student) for one in SHOWN]
 
 
 def loss(student, shown, batch=None, said=None, objective=OBJECTIVE):
@@ -188,7 +188,7 @@ def test_what_is_too_long_stays_aligned(student, base):
     reply = tuple(range(100, 112))
     prompts = tuple(range(300, 330)), tuple(range(200, 206))
     for longest in (20, 13, 12, 8, 2):
-        cut = Views("a", *(fitted(prompt, reply, longest) for prompt in prompts))
+        cut = HintedPair("a", *(fitted(prompt, reply, longest) for prompt in prompts))
         kept = reply[: longest - 1]
         for sequence, prompt in zip((cut.teacher, cut.student), prompts, strict=True):
             assert len(sequence.ids) == min(longest, len(prompt) + len(kept))
@@ -200,13 +200,13 @@ def test_what_is_too_long_stays_aligned(student, base):
 
 
 def test_views_of_other_replies_are_refused_by_name(student):
-    wrong = Views("q7", SHOWN[0].teacher, SHOWN[1].student)
+    wrong = HintedPair("q7", SHOWN[0].teacher, SHOWN[1].student)
     with pytest.raises(UserError, match="reply to q7 has 4 tokens and the student's 3"):
         Hinted(AdapterOff(student), [wrong], 2)
 
 
 def test_a_cache_says_what_the_teacher_says(student, base, tmp_path):
-    plan = Plan(Wanted(budget=200.0, k=64, tolerance=1e-8), kind="hidden", sample=64)
+    plan = CapturePlan(Wanted(budget=200.0, k=64, tolerance=1e-8), kind="hidden", sample=64)
     kept_there = capture(base, [one.teacher for one in SHOWN], tmp_path / "c", name="b", max_length=64, plan=plan)
     cached, live = loss(student, SHOWN, said=CachedTeacher(kept_there)), loss(student, SHOWN)
     assert float(cached.sum) == pytest.approx(float(live.sum), rel=1e-3)
@@ -216,7 +216,7 @@ def test_a_cache_says_what_the_teacher_says(student, base, tmp_path):
 
 def test_a_teacher_that_writes_in_half_precision_is_cached_too(student, base, tmp_path):
     half = copy.deepcopy(base).to(torch.bfloat16)
-    plan = Plan(Wanted(budget=200.0, k=64), kind="hidden", sample=64)
+    plan = CapturePlan(Wanted(budget=200.0, k=64), kind="hidden", sample=64)
     there = capture(half, [one.teacher for one in SHOWN], tmp_path / "c", name="b", max_length=64, plan=plan)
     cached, live = loss(student, SHOWN, said=CachedTeacher(there)), loss(student, SHOWN)
     assert float(cached.sum) == pytest.approx(float(live.sum), rel=0.05)
@@ -249,7 +249,7 @@ def test_the_copy_that_writes_keeps_what_the_adapter_learned(student):
 
 def toss(item, response):
     """A verifier of one's own: the letters decide, so that a random model has right and wrong answers."""
-    return Verdict(str(len(response) % 3) if response else None, len(response) % 3 != 1)
+    return Judgement(str(len(response) % 3) if response else None, len(response) % 3 != 1)
 
 
 def write_model(folder, tokenizer, kind=LlamaForCausalLM, config=LlamaConfig):
@@ -267,7 +267,7 @@ def settings(tmp_path, tokenizer, **changed):
     values = {
         "teacher": write_model(tmp_path / "model", tokenizer),
         "student": "lora:rank=2,alpha=4",
-        "questions": Questions(count=24, exam=4),
+        "questions": QuestionSource(count=24, exam=4),
         "prompts": PROMPTS,
         "rolling": Rolling(copies=4, length=4, round=4, batch_size=64),
         "pairs": 4,

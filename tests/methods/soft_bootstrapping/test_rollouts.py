@@ -19,7 +19,7 @@ from preceptor.methods.soft_bootstrapping.selection import Rolling, collect, eno
 from preceptor.models.language_model import LanguageModel
 from preceptor.models.sampling import Sampling, left_pad
 from preceptor.statistics import interval
-from preceptor.tasks.boxed import Verdict, by_value
+from preceptor.tasks.boxed import Judgement, by_value
 from preceptor.tasks.records import Item
 from tests.small_llama import small_llama
 
@@ -42,7 +42,7 @@ def items(count):
 
 def toss(item, response):
     """A verifier that a random model cannot fail: the number of letters decides."""
-    return Verdict(None if not response else str(len(response) % 3), len(response) % 3 == 0)
+    return Judgement(None if not response else str(len(response) % 3), len(response) % 3 == 0)
 
 
 def test_what_prompts_share_is_read_once_and_changes_nothing(small):
@@ -241,7 +241,7 @@ def test_questions_of_one_name_stay_apart(small, tmp_path):
 
 def test_it_stops_when_enough_are_kept(small, tmp_path):
     few = collect(
-        small, items(8), rolling(), PLAIN, lambda *_: Verdict("5", True), wanted=1, seed=5, path=tmp_path / "a"
+        small, items(8), rolling(), PLAIN, lambda *_: Judgement("5", True), wanted=1, seed=5, path=tmp_path / "a"
     )
     assert len(few) == 8  # all right: nothing can be kept, so all are tried
     assert {one.outcome for one in few} == {"all right"}
@@ -292,7 +292,7 @@ def test_top_k_draws_among_the_k_likeliest_only():
 
 
 def test_a_numbers_verifier_marks_what_a_model_writes():
-    assert by_value(items(1)[0], r"0 + 1 = \boxed{1.0}") == Verdict("1", True)
+    assert by_value(items(1)[0], r"0 + 1 = \boxed{1.0}") == Judgement("1", True)
 
 
 def test_decoding_in_half_precision_gives_what_pytorchs_kernel_gives(small):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from preceptor.evaluation.power_law import Verdict, find_departure
+from preceptor.evaluation.power_law import PowerLawVerdict, find_departure
 from preceptor.evaluation.power_law_picture import draw_law
 from preceptor.methods.teacher_hacking.pictures import draw_plane
 
@@ -32,7 +32,7 @@ def test_the_law_and_what_leaves_it(tmp_path, departs):
 
 
 def test_no_verdict_is_drawn_without_a_law_and_nothing_without_points(tmp_path):
-    verdict = Verdict(reason="insufficient data: 2 checkpoints")
+    verdict = PowerLawVerdict(reason="insufficient data: 2 checkpoints")
     draw_law(tmp_path / "two.png", [(10, 1.0), (20, 0.9)], verdict, str(verdict))
     assert is_png(tmp_path / "two.png")
     draw_law(tmp_path / "none.png", [], verdict, str(verdict))

@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from preceptor import cli
 from preceptor.errors import UserError
 from preceptor.methods.teacher_hacking import recipe as recipe
-from preceptor.methods.teacher_hacking.authors import answered
 from preceptor.methods.teacher_hacking.label import Label
 from preceptor.methods.teacher_hacking.recipe import AnswerSet, Config, distil, main, paper, setup, start, tiny, told
 from preceptor.methods.teacher_hacking.reproduction import CONTROL, FIFTH, HALF, OFFLINE, arms
 from preceptor.methods.teacher_hacking.stage_one import build
+from preceptor.methods.teacher_hacking.text_models import answered
 from preceptor.models.language_model import LanguageModel
 from preceptor.models.loading import load
 from preceptor.models.memory import memory_needed

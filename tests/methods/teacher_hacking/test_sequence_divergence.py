@@ -9,9 +9,9 @@ import torch
 
 from preceptor.errors import UserError
 from preceptor.knowledge import TopKTargets
-from preceptor.methods.teacher_hacking.authors import LanguageAuthor, SourceAuthor, answered, symbol_model
 from preceptor.methods.teacher_hacking.markov_sources import log_probs, make_source
-from preceptor.methods.teacher_hacking.sequence_divergence import Exam, own_divergence
+from preceptor.methods.teacher_hacking.sequence_divergence import DivergenceExam, own_divergence
+from preceptor.methods.teacher_hacking.text_models import LanguageAuthor, SourceAuthor, answered, symbol_model
 from preceptor.models.language_model import LanguageModel, project
 from preceptor.statistics import mean_of
 
@@ -51,7 +51,7 @@ def answers(author, count, length=4, seed=0):
 
 def test_it_is_the_sum_over_tokens_and_vocabulary(oracle, student):
     sequences = answers(oracle, 6)
-    exam = Exam(oracle, sequences, pad_id=0, device=CPU, batch_size=4)
+    exam = DivergenceExam(oracle, sequences, pad_id=0, device=CPU, batch_size=4)
     for sequence, found in zip(sequences, exam.divergence(student).tolist()):
         said, told, expected = (
             log_probs(oracle.source, torch.tensor([sequence.ids]))[0],
@@ -75,7 +75,7 @@ def test_its_mean_over_all_answers_is_the_divergence_of_answers(oracle, student)
         p = math.fsum(float(said[place + 2, symbol]) for place, symbol in enumerate(answer))
         q = math.fsum(float(told[place + 1, symbol]) for place, symbol in enumerate(answer))
         whole += math.exp(p) * (p - q)
-        exam = Exam(oracle, [answered(prompt, answer)], pad_id=0, device=CPU)
+        exam = DivergenceExam(oracle, [answered(prompt, answer)], pad_id=0, device=CPU)
         chained += math.exp(p) * float(exam.divergence(student))
     assert chained == pytest.approx(whole, rel=1e-4)
 
@@ -83,15 +83,15 @@ def test_its_mean_over_all_answers_is_the_divergence_of_answers(oracle, student)
 def test_a_student_that_is_the_teacher_is_at_distance_0(oracle, student):
     teacher = LanguageAuthor(student)
     sequences = answers(teacher, 8)
-    assert Exam(teacher, sequences, pad_id=0, device=CPU).divergence(student).abs().max() == 0
-    golden = Exam(oracle, answers(oracle, 8), pad_id=0, device=CPU)
+    assert DivergenceExam(teacher, sequences, pad_id=0, device=CPU).divergence(student).abs().max() == 0
+    golden = DivergenceExam(oracle, answers(oracle, 8), pad_id=0, device=CPU)
     assert torch.equal(golden.divergence(student), golden.divergence(teacher.model))
     assert own_divergence(student, teacher, sequences).abs().max() == 0
 
 
 def test_a_teacher_that_is_the_oracle_sits_the_same_exam(oracle, student):
-    golden = Exam(oracle, answers(oracle, 8, seed=3), pad_id=0, device=CPU)
-    proxy = Exam(oracle, answers(oracle, 8, seed=3), pad_id=0, device=CPU)
+    golden = DivergenceExam(oracle, answers(oracle, 8, seed=3), pad_id=0, device=CPU)
+    proxy = DivergenceExam(oracle, answers(oracle, 8, seed=3), pad_id=0, device=CPU)
     assert torch.equal(golden.divergence(student), proxy.divergence(student))
 
 
@@ -99,21 +99,23 @@ def test_a_teacher_that_is_the_oracle_sits_the_same_exam(oracle, student):
 def test_it_is_never_negative(oracle, seed):
     student = louder(symbol_model(4, longest=8, seed=seed))
     sequences = answers(oracle, 16, seed=seed)
-    assert Exam(oracle, sequences, pad_id=0, device=CPU).divergence(student).min() >= 0
+    assert DivergenceExam(oracle, sequences, pad_id=0, device=CPU).divergence(student).min() >= 0
     own = answers(LanguageAuthor(student), 16, seed=seed)
     assert own_divergence(student, oracle, own).min() >= 0
 
 
 def test_the_standard_error_shrinks_with_the_root_of_the_number(oracle, student):
-    values = Exam(oracle, answers(oracle, 1600), pad_id=0, device=CPU, batch_size=400).divergence(student).tolist()
+    values = (
+        DivergenceExam(oracle, answers(oracle, 1600), pad_id=0, device=CPU, batch_size=400).divergence(student).tolist()
+    )
     few = [mean_of(values[start : start + 100]).error for start in range(0, 1600, 100)]
     assert math.fsum(few) / 16 / mean_of(values).error == pytest.approx(4.0, rel=0.1)
 
 
 def test_batches_and_padding_change_nothing(oracle, student):
     sequences = [*answers(oracle, 5), *answers(oracle, 4, length=2), *answers(oracle, 3, length=6)]
-    one = Exam(oracle, sequences, pad_id=0, device=CPU, batch_size=1).divergence(student)
-    many = Exam(oracle, sequences, pad_id=3, device=CPU, batch_size=64).divergence(student)
+    one = DivergenceExam(oracle, sequences, pad_id=0, device=CPU, batch_size=1).divergence(student)
+    many = DivergenceExam(oracle, sequences, pad_id=3, device=CPU, batch_size=64).divergence(student)
     assert torch.allclose(one, many, rtol=1e-5)
 
 
@@ -143,18 +145,18 @@ def test_hidden_states_and_logits_say_the_same(student):
         def answer(self, prompts, length):
             return teacher.answer(prompts, length)
 
-    hidden = Exam(teacher, sequences, pad_id=0, device=CPU).divergence(other)
-    assert torch.allclose(hidden, Exam(Said(), sequences, pad_id=0, device=CPU).divergence(other), rtol=1e-6)
+    hidden = DivergenceExam(teacher, sequences, pad_id=0, device=CPU).divergence(other)
+    assert torch.allclose(hidden, DivergenceExam(Said(), sequences, pad_id=0, device=CPU).divergence(other), rtol=1e-6)
 
 
 def test_an_exam_refuses_what_it_cannot_measure(oracle, student):
     with pytest.raises(UserError, match="response"):
-        Exam(oracle, [], pad_id=0, device=CPU)
+        DivergenceExam(oracle, [], pad_id=0, device=CPU)
     with pytest.raises(UserError, match="response"):
-        Exam(oracle, [answered((1, 2), ())], pad_id=0, device=CPU)
+        DivergenceExam(oracle, [answered((1, 2), ())], pad_id=0, device=CPU)
     wider = SourceAuthor(make_source("hmm:states=3,vocabulary=6", seed=0))
     with pytest.raises(UserError, match="6 tokens and the student 4"):
-        Exam(wider, [answered((1, 2), (3,))], pad_id=0, device=CPU).divergence(student)
+        DivergenceExam(wider, [answered((1, 2), (3,))], pad_id=0, device=CPU).divergence(student)
 
     class Thrifty:
         def __call__(self, batch):
@@ -164,7 +166,7 @@ def test_an_exam_refuses_what_it_cannot_measure(oracle, student):
             return []
 
     with pytest.raises(UserError, match="dense"):
-        Exam(Thrifty(), [answered((1,), (2,))], pad_id=0, device=CPU)
+        DivergenceExam(Thrifty(), [answered((1,), (2,))], pad_id=0, device=CPU)
 
 
 def test_an_empty_answer_can_be_told(student, monkeypatch):

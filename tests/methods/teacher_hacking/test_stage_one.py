@@ -10,9 +10,9 @@ import torch
 from preceptor.data.sequences import collate
 from preceptor.engine.settings import Training
 from preceptor.errors import UserError
-from preceptor.methods.teacher_hacking.authors import LanguageAuthor, SourceAuthor, symbol_model
 from preceptor.methods.teacher_hacking.markov_sources import log_probs
 from preceptor.methods.teacher_hacking.stage_one import Data, Setup, build, open_oracle, written
+from preceptor.methods.teacher_hacking.text_models import LanguageAuthor, SourceAuthor, symbol_model
 
 SHORT = Training(steps=3, batch_size=16, learning_rate=5e-3, schedule="constant")
 DATA = Data(oracle=24, prompts=10, held_out=6, prompt_length=4, answer_length=3)

@@ -27,7 +27,7 @@ Prompt = tuple[int, ...]
 WIDTH, DEPTH, HEADS = 64, 2, 4  # of the prototype that `fresh:` students take their proportions from
 
 
-class Author(Protocol):
+class TextModel(Protocol):
     """Who writes answers and says what it thinks of each next token."""
 
     def __call__(self, batch: Batch) -> SoftTargets:
