@@ -47,6 +47,11 @@ def check_schema(schema: dict[str, Any]) -> None:
             raise UserError(f"The schema of a structured answer refers to {name}, which it lacks: add it.") from error
 
 
+def object_schema(**properties: Any) -> dict[str, Any]:
+    """The JSON schema of an object with these properties, all of them required."""
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
 def instructed(request: Request) -> Request:
     """The request with its schema, if it has one, told to the model at the end of the last message."""
     if request.schema is None:

@@ -1,7 +1,7 @@
 """The program's side of the sandbox: a process confines itself, runs one program and its calls, and ends.
 
 What happens here can be forged by the program, and nothing here decides: the values are compared in the judge's
-process, and why a program was stopped is said by the supervisor.
+process, and why a program was stopped is recorded by the supervisor.
 """
 
 from __future__ import annotations
@@ -98,16 +98,16 @@ def _execute(source: str, calls: Sequence[str], results: int) -> None:
         return
     for call in calls:
         try:
-            told: dict[str, Any] = {"value": encode(eval(call, namespace))}
+            result: dict[str, Any] = {"value": encode(eval(call, namespace))}
         except MemoryError:
             raise
         except BaseException as error:
-            told = _described(error)
-        _tell(results, told)
+            result = _described(error)
+        _tell(results, result)
 
 
-def _tell(results: int, told: dict[str, Any]) -> None:
-    line = json.dumps(told).encode() + b"\n"
+def _tell(results: int, result: dict[str, Any]) -> None:
+    line = json.dumps(result).encode() + b"\n"
     while line:
         line = line[os.write(results, line) :]
 

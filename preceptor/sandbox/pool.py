@@ -46,9 +46,9 @@ class WorkerProcess:
         self.folder = Path(tempfile.mkdtemp(prefix="preceptor-sandbox-")).resolve()
         self.wall = float(settings["wall"])
         root = str(Path(__file__).resolve().parents[2])
-        told = json.dumps({**settings, "folder": str(self.folder)})
+        options = json.dumps({**settings, "folder": str(self.folder)})
         self.process = subprocess.Popen(
-            [python, "-s", "-S", "-B", "-c", START, root, told],
+            [python, "-s", "-S", "-B", "-c", START, root, options],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd="/",
@@ -84,8 +84,8 @@ class WorkerProcess:
     def _receive(self, patience: float) -> dict[str, Any]:
         deadline = time.monotonic() + patience
         (length,) = struct.unpack(">I", self._read(4, deadline))
-        told: dict[str, Any] = json.loads(self._read(length, deadline))
-        return told
+        reply: dict[str, Any] = json.loads(self._read(length, deadline))
+        return reply
 
     def _read(self, count: int, deadline: float) -> bytes:
         assert self.process.stdout is not None

@@ -60,15 +60,15 @@ class Verdict:
         return f"{self.reason.value}: {self.detail}" if self.detail else self.reason.value
 
 
-def conclude(told: Mapping[str, Any], tests: Sequence[Expectation]) -> Verdict:
+def conclude(record: Mapping[str, Any], tests: Sequence[Expectation]) -> Verdict:
     """The verdict on a program from what the worker tells of it: compare its values with what was expected."""
-    lines = [line for line in str(told["results"]).split("\n") if line]
+    lines = [line for line in str(record["results"]).split("\n") if line]
     marks = [_mark(line, test) for line, test in zip(lines, tests)]
     right = sum(reason is Reason.PASSED for reason, _ in marks)
     failures = [mark for mark in marks if mark[0] is not Reason.PASSED]
-    if told["why"]:
-        reason, detail = Reason[told["why"].upper()], str(told["detail"])
-    elif (ended := _ended(int(told["status"]))) is not None:
+    if record["why"]:
+        reason, detail = Reason[record["why"].upper()], str(record["detail"])
+    elif (ended := _ended(int(record["status"]))) is not None:
         reason, detail = ended
     elif failures:
         reason, detail = failures[0]
@@ -77,7 +77,7 @@ def conclude(told: Mapping[str, Any], tests: Sequence[Expectation]) -> Verdict:
     else:
         reason, detail = Reason.PASSED, ""
     detail = detail.encode("utf-8", "backslashreplace").decode()  # a lone surrogate could not be printed
-    return Verdict(reason, detail, right, len(tests), float(told["seconds"]), str(told["output"]))
+    return Verdict(reason, detail, right, len(tests), float(record["seconds"]), str(record["output"]))
 
 
 def _ended(status: int) -> tuple[Reason, str] | None:
@@ -100,10 +100,10 @@ def _ended(status: int) -> tuple[Reason, str] | None:
 def _mark(line: str, test: Expectation) -> tuple[Reason, str]:
     """What one line of the results says of one test. A line can hold anything: the program can write lines too."""
     try:
-        told = json.loads(line, parse_int=lambda digits: int(digits[:12]))
-        if "error" in told:
-            return _error(str(told["error"])[:80], str(told["message"])[:300], told["line"])
-        given = decode(told["value"])
+        record = json.loads(line, parse_int=lambda digits: int(digits[:12]))
+        if "error" in record:
+            return _error(str(record["error"])[:80], str(record["message"])[:300], record["line"])
+        given = decode(record["value"])
         same = equal(test.expected, given)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return Reason.FAILED, f"{test.call} gave nothing that can be read"

@@ -1,6 +1,6 @@
 """The process that runs programs: it confines itself, forks a child for each program, and watches over it.
 
-It is a fresh interpreter without site packages, environment or anything of the parent's memory; it is told programs and
+It is a fresh interpreter without site packages, environment or anything of the parent's memory; it is sent programs and
 calls, never what the calls should give. It speaks with the parent over its standard input and output, in JSON with the
 length before it (4 bytes, big endian).
 """
@@ -312,19 +312,19 @@ def _read_exactly(count: int) -> bytes:
     return held
 
 
-def _answer(told: dict[str, Any]) -> None:
-    body = json.dumps(told).encode()
+def _answer(reply: dict[str, Any]) -> None:
+    body = json.dumps(reply).encode()
     body = struct.pack(">I", len(body)) + body
     while body:
         body = body[os.write(1, body) :]
 
 
-def main(told: str) -> None:
+def main(options: str) -> None:
     """Serve programs until the parent closes this process's standard input."""
     for name in PRELOADED.split():
         importlib.import_module(name)
     time.localtime()  # the C library looks for the time zone's file once
-    worker = Worker(json.loads(told))
+    worker = Worker(json.loads(options))
     layers = worker.confine()
     os.environ.clear()
     sys.path[:] = [path for path in sys.path if any(Path(path).is_relative_to(one) for one in worker.library)]

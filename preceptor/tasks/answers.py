@@ -118,9 +118,9 @@ def parse(text: str, *, strict: bool = False) -> Quantity | None:
     text = _plain(text[-LONGEST:])
     marks = list(_MARK.finditer(text))
     if marks:
-        told = _marked(text, marks[-1])
+        answer = _marked(text, marks[-1])
         marked = [mark for mark in marks if mark[0].startswith(("\\", "#"))]
-        return told if told or not marked or marks[-1] is marked[-1] else _marked(text, marked[-1])
+        return answer if answer or not marked or marks[-1] is marked[-1] else _marked(text, marked[-1])
     whole = _whole(text)
     if whole or strict:
         return whole

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from preceptor.errors import UserError
-from preceptor.tasks.equality import told
+from preceptor.tasks.equality import canonical
 from preceptor.tasks.records import Item
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?:\s*(?P<brace>\{)|\s*(?=[-+.\d])|\s+(?=\\))")
@@ -66,7 +66,7 @@ def by_value(item: Item, response: str) -> Judgement:
     inside = boxed(response)
     if not inside:
         return Judgement(None, False)
-    return Judgement(told(inside, item.truth), told(inside, item.truth) == told(item.truth, item.truth))
+    return Judgement(canonical(inside, item.truth), canonical(inside, item.truth) == canonical(item.truth, item.truth))
 
 
 def by_text(item: Item, response: str) -> Judgement:

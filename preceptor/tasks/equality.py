@@ -69,7 +69,7 @@ class _Quantity:
     words: frozenset[str] = frozenset()
 
 
-def told(answer: str, truth: str) -> str:
+def canonical(answer: str, truth: str) -> str:
     """An answer as the text that an equal answer has too, where ``truth`` is the right one."""
     if len(answer) > LONGEST:
         return answer
@@ -80,7 +80,7 @@ def told(answer: str, truth: str) -> str:
 
 
 def _against(given: _Quantity, right: _Quantity) -> str:
-    """The value in the truth's unit. What contradicts the truth is told beside it, what one of both lacks is not."""
+    """The value in the truth's unit. What contradicts the truth is written beside it, what one of both lacks is not."""
     value, apart = given.value, ""
     sizes = UNITS.get(given.unit), UNITS.get(right.unit)
     if "%" in (given.unit, right.unit) and given.unit != right.unit:

@@ -1,7 +1,6 @@
 r"""The math task on written problems: files of GSM8K's form (Cobbe et al., 2021, arXiv 2110.14168).
 
-A line is ``{"question": ..., "answer": "working\n#### 72"}``. The data name no skills: every item's skill is ``SKILL``
-until skills are discovered.
+A line is ``{"question": ..., "answer": "working\n#### 72"}``. The data name no skills: every item's skill is ``SKILL``.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import json
 import random
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from preceptor.errors import UserError
@@ -90,12 +89,6 @@ def read_problems(path: Path) -> WrittenProblems:
         raise UserError(f"The file {path} holds no problem; give one with at least one line.")
     items = [_read(line, number, path) for number, line in enumerate(lines, 1)]
     return WrittenProblems(tuple(items))
-
-
-def relabel(problems: WrittenProblems, skills: Mapping[str, str]) -> WrittenProblems:
-    """The same problems with the skills that were discovered, by item id; those not named keep theirs."""
-    items = (replace(item, skill=skills.get(item.id, item.skill)) for item in problems.problems)
-    return replace(problems, problems=tuple(items))
 
 
 def _read(line: str, number: int, path: Path) -> Item:

@@ -12,7 +12,7 @@ from preceptor.sandbox import Reason, Sandbox, SandboxLimits, sandbox_layers
 from preceptor.tasks.arithmetic import Arithmetic
 from preceptor.tasks.contamination import leaks
 from preceptor.tasks.figures import CELL, GRID, WORDS, Figures, Shape, read_word, render
-from preceptor.tasks.gsm8k import read_problems, relabel
+from preceptor.tasks.gsm8k import read_problems
 from preceptor.tasks.programs import Programs, program_of
 from preceptor.tasks.records import Completed, Datum, Item, Task, complete, item_of, report
 from preceptor.tasks.sampling import select
@@ -161,9 +161,7 @@ def test_problems_are_read_from_a_file(tmp_path: Path) -> None:
     data = {item.id: task.datum(item).response for item in items}
     assert data["train-1"] == "2+2=4\n#### 4"
     assert task.score(items, list(data.values())) == [True, True]
-    sorted_out = relabel(task, {"train-1": "addition"})
-    assert dict(sorted_out.skills) == {"addition": ("unsorted",), "word_problems": ("unsorted",)}
-    assert [item.id for item in sorted_out.items(1, seed=0, skill="addition")] == ["train-1"]
+    assert dict(task.skills) == {"word_problems": ("unsorted",)}
     with pytest.raises(UserError, match="3 problems were asked for, and the data hold 2"):
         task.items(3, seed=0)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from preceptor.errors import UserError
 from preceptor.language import Chat, Reply, Request
+from preceptor.language.structured import object_schema
 from preceptor.methods.data_env.writers import Order, Written
 from preceptor.tasks.records import Completed, Datum, Item, Task
 
@@ -71,7 +72,7 @@ class ChatWriter:
             f"subskills for practice. There are already: {', '.join(there) or 'none'}. Name exactly {count} new ones, "
             "each unlike the others and unlike those there."
         )
-        schema = _object(subskills={"type": "array", "items": {"type": "string"}})
+        schema = object_schema(subskills={"type": "array", "items": {"type": "string"}})
         request = Request(({"role": "user", "content": text},), 300, seed=len(there), schema=schema)
         reply = self.chat.ask([request])[0]
         return [str(name) for name in (reply.data or {}).get("subskills", [])][:count]
@@ -150,12 +151,9 @@ def schema(task: str, order: Order) -> dict[str, Any]:
     }
     items: dict[str, Any] = {"type": "array", "items": item}
     if not order.hypotheses:
-        return _object(items=items)
-    return _object(hypotheses={"type": "array", "items": _object(weak_subskill={"type": "string"}, items=items)})
-
-
-def _object(**properties: Any) -> dict[str, Any]:
-    return {"type": "object", "properties": properties, "required": list(properties)}
+        return object_schema(items=items)
+    hypothesis = object_schema(weak_subskill={"type": "string"}, items=items)
+    return object_schema(hypotheses={"type": "array", "items": hypothesis})
 
 
 def _problem(item: Item) -> str:

@@ -29,7 +29,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 import gymnasium
 import numpy as np
@@ -56,6 +56,27 @@ UNKNOWN = -1.0
 
 
 FIELDS = ("instruction", "response", "truth", "skill", "subskill", "starter", "tests")
+
+
+class RoundInfo(TypedDict):
+    """The records behind a round's observation.
+
+    ``completed``: every validation item with the student's answer. ``report`` and ``accuracy``: how right they are, the
+    latter by skill, None where it is unknown. ``accepted``, ``rejected`` (with the check) and ``failures`` (why an item
+    could not be written): what became of what was written; ``checks``: all of them. ``round`` counts those that were
+    not idle, ``data`` all accepted items, and ``budget_left`` those that may still be accepted.
+    """
+
+    completed: tuple[Completed, ...]
+    report: PerformanceReport
+    accuracy: dict[str, float | None]
+    accepted: tuple[Datum, ...]
+    rejected: tuple[tuple[Datum, Check], ...]
+    failures: tuple[str, ...]
+    checks: tuple[Check, ...]
+    round: int
+    data: int
+    budget_left: int
 
 
 class TaughtStudent(Protocol):
@@ -151,7 +172,7 @@ class DataEnvironment(gymnasium.Env[Any, Any]):
         self.lesson = folder
         self.observation_space, self.action_space = self._spaces()
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, RoundInfo]:  # type: ignore[override]
         """Forgets all data, gives the student its first weights back, and evaluates it."""
         super().reset(seed=seed)
         self.student.restart()
@@ -160,7 +181,7 @@ class DataEnvironment(gymnasium.Env[Any, Any]):
         self.completed = self.evaluate(self.validation)
         return self._observation(), self._info([], [], [], [])
 
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, RoundInfo]:  # type: ignore[override]
         """Writes what the action asks for, checks it, teaches the student, and evaluates it.
 
         Raises:
@@ -198,7 +219,7 @@ class DataEnvironment(gymnasium.Env[Any, Any]):
             "random": self.np_random.bit_generator.state,
         }
 
-    def restore(self, state: dict[str, Any], data: Sequence[Datum]) -> dict[str, Any]:
+    def restore(self, state: dict[str, Any], data: Sequence[Datum]) -> RoundInfo:
         """Goes on where ``state`` was taken, in an environment made alike; the student learns its last lesson again.
 
         Returns the ``info`` of that moment.
@@ -273,7 +294,7 @@ class DataEnvironment(gymnasium.Env[Any, Any]):
         rejected: Sequence[tuple[Datum, Check]],
         failures: Sequence[str],
         checks: Sequence[Check],
-    ) -> dict[str, Any]:
+    ) -> RoundInfo:
         return {
             "completed": tuple(self.completed),
             "report": self.report,

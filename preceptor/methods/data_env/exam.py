@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from preceptor.errors import UserError
+from preceptor.language import Chat
+from preceptor.methods.data_env.skill_discovery import Skills, discover, label, skills_of
 from preceptor.tasks.contamination import leaks
 from preceptor.tasks.records import Item, Task
+
+UNSORTED = "unsorted"  # the subskill of an item whose skill was discovered
+
 
 EXAM_SEED, SCHOOL_SEED = 7_000_000, 8_000_000  # apart from the seeds of what is taught
 
@@ -62,10 +68,36 @@ def draw_questions(exam: Exam, task: Task, *, seed: int) -> Questions:
             validation += different[:shown]
             test += different[shown:asked]
     if small:
-        told = ", ".join(f"{count} of {name}" for name, count in small.items())
-        warnings.warn(f"The exam asks only {told}: as many different items are left to be taught.", stacklevel=2)
+        asked_of = ", ".join(f"{count} of {name}" for name, count in small.items())
+        warnings.warn(f"The exam asks only {asked_of}: as many different items are left to be taught.", stacklevel=2)
     both = leaks(test, validation)
     return Questions(tuple(validation), tuple(item for item in test if item.id not in both))
+
+
+def discover_skills(questions: Questions, chat: Chat, kept: Path) -> Questions:
+    """The same questions with skills that a language model finds in the validation items.
+
+    Test items are labelled from the list of skills so found. ``kept``: the file of the skills, read where it exists, so
+    that a resumed run has the same.
+
+    Raises:
+        UserError: an item cannot be labelled, or the file is damaged.
+    """
+    skills = Skills.load(kept) if kept.exists() else discover(questions.validation, chat)
+    unseen = [item for item in questions.test if item.instruction not in skills.labels]
+    labels = {**skills.labels, **{item.instruction: label(item, skills.names, chat) for item in unseen}}
+    if unseen or not kept.exists():
+        Skills(skills.categories, labels).save(kept)
+
+    def renamed(items: Sequence[Item]) -> tuple[Item, ...]:
+        return tuple(replace(item, skill=labels[item.instruction], subskill=UNSORTED) for item in items)
+
+    return Questions(renamed(questions.validation), renamed(questions.test))
+
+
+def skills_named(questions: Questions) -> dict[str, tuple[str, ...]]:
+    """The skills of the validation items, with their subskills."""
+    return {skill: tuple(names) for skill, names in skills_of(questions.validation).categories.items()}
 
 
 def answer_length(exam: Exam, task: Task, items: Sequence[Item], tokenizer: Any) -> int:

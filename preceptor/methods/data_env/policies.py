@@ -146,7 +146,7 @@ class Proportional:
 
 @dataclass(frozen=True)
 class Asked:
-    """A language model chooses, told everything that was done to the skill.
+    """A language model chooses, given everything that was done to the skill.
 
     ``form``: ``train_retrain`` shows the reward of each round; ``accumulate`` shows training accuracies instead, and
     asks for the subskills where they are lowest. An answer that is no action is asked for again, ``tries`` times in

@@ -1,4 +1,4 @@
-"""Exams and schools: what a student is asked, and what a small one has learned before its first lesson."""
+"""What a small student learns before the first round."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from preceptor.engine.settings import Training
 from preceptor.errors import UserError
 from preceptor.methods.data_env.exam import SCHOOL_SEED, Questions
 from preceptor.methods.data_env.small_models import small_student
-from preceptor.methods.data_env.student import TaskStudent
+from preceptor.methods.data_env.student import TaskStudent, Teach
 from preceptor.tasks.contamination import leaks
 from preceptor.tasks.records import Item, Task
 from preceptor.tasks.sampling import select
@@ -30,12 +30,12 @@ class School:
     """How it is taught them."""
 
     def __post_init__(self) -> None:
-        """Refuses a school without lessons."""
+        """Refuses settings that leave nothing to learn."""
         if self.items < 1 or self.few < 0:
             raise UserError(f"school.items is {self.items} and school.few {self.few}: give 1 or more, and 0 or more.")
 
 
-def go_to_school(school: School, task: Task, questions: Questions, folder: Path, *, seed: int) -> None:
+def pretrain(school: School, task: Task, questions: Questions, teach: Teach, folder: Path, *, seed: int) -> None:
     """Teach a fresh small student unevenly and save it in ``folder/student``; no item of the exam is among its lessons.
 
     It sees images where the task's items have any.
@@ -50,12 +50,12 @@ def go_to_school(school: School, task: Task, questions: Questions, folder: Path,
     if not lessons:
         raise UserError(f"school.items is {school.items}, which leaves nothing to learn: give more items.")
     first = small_student(seed=seed, sees=lessons[0].image is not None)
-    pupil = TaskStudent(first, task, replace(school.training, seed=seed))
+    student = TaskStudent(first, task, replace(school.training, seed=seed), teach)
     shutil.rmtree(folder, ignore_errors=True)
-    pupil.learn(lessons, folder / "training")
+    student.learn(lessons, folder / "training")
     card: dict[str, object] = {"method": "school", "items": len(lessons), "weak": ", ".join(school.weak)}
-    pupil.save(folder / "unfinished" / "student", card=card)
-    # Only now: a student without its eyes, which are saved last, would pass for one that sees nothing.
+    student.save(folder / "unfinished" / "student", card=card)
+    # Renamed last: a folder in which only the image encoder is missing would load as a model that reads no images.
     (folder / "unfinished" / "student").rename(folder / "student")
     (folder / "unfinished").rmdir()
 

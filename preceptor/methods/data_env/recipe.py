@@ -10,8 +10,9 @@ With student weights θ_0, all items accepted so far D_t, and validation accurac
     action_t = agent(what is seen of θ_t)      D_{t+1} = D_t + checked(written(action_t))
     θ_{t+1} = argmin_θ -Σ_{(x, y) ∈ D_{t+1}} log p_θ(y | x), from θ_0      reward = A(θ_{t+1}) - A(θ_t)
 
-Three environments differ in what is seen and in what an action is (``preceptor.environment``). The writer is a language
-model (``--teacher.model``), or ``symbolic``, which knows every skill exactly, so that the loop itself can be verified.
+Three environments differ in what is seen and in what an action is (``environment.py``, ``skill_environments.py``).
+The writer is a language model (``--teacher.model``), or ``symbolic``, which knows every skill exactly, so that the loop
+itself can be verified.
 
 Decided here, where the sources differ, are silent, or misbehave:
 
@@ -21,79 +22,51 @@ Decided here, where the sources differ, are silent, or misbehave:
   with ``with_state`` alone; in the reproduction no arm has it, and all are taught equally many accepted items. A small
   student that is never taught what it knows forgets it: beware of ``episode.reject_known`` there.
 * The student that is kept is the one of the round with the best validation accuracy; the test items are asked once.
-* ``small`` is a character transformer that has been to school: many items of most subskills, few of the ``weak`` ones.
+* ``small`` is a character transformer that is pretrained on many items of most subskills, and few of the ``weak`` ones.
+* ``--skills discovered`` lets the teacher name the skills of the validation items and sort them into categories, which
+  are then the skills of the episode; they are kept in ``skills.json``.
 
-The reproduction (``reproductions.data_env``) chose its budgets and epochs on the seeds that it reports; on visual
-questions the open-ended environment did not show a difference, so it holds the tree. This file is long: it puts
-together three environments, three tasks and two kinds of student.
+The reproduction chose its budgets and epochs on the seeds that it reports; on visual questions the open-ended
+environment did not show a difference, so it holds the tree.
 
 Every round has a folder under ``iterations/``: its items, data, rejections and report, and the lesson in ``training/``;
-a stopped run goes on from the last whole one.
+a stopped run goes on from the last whole one. Task, student, environment and agent are put together in ``world.py``.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence as Listed
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from random import Random
-from typing import Any, Literal
+from typing import Literal
 
-from preceptor.catalogue import repeat
+from preceptor.data.sequences import Batch
+from preceptor.engine.run import Run
 from preceptor.engine.run_folder import check_folder, open_folder
 from preceptor.engine.settings import Training
 from preceptor.errors import UserError
-from preceptor.evaluation.language import TAUGHT, UNTAUGHT
-from preceptor.evaluation.result import write_result
-from preceptor.language import Chat, ChatSettings, open_chat
-from preceptor.methods.data_env.agents import Kind, OpenEndedAgent, SkillForestAgent, SkillListAgent
-from preceptor.methods.data_env.chat_writer import ChatWriter, Draw
-from preceptor.methods.data_env.environment import DataEnvironment, Episode, OpenEnded, as_action
-from preceptor.methods.data_env.exam import SCHOOL_SEED, Exam, Questions, answer_length, draw_questions
-from preceptor.methods.data_env.pictures import draw_episode
-from preceptor.methods.data_env.policies import (
-    Alternating,
-    Asked,
-    Chance,
-    FillBalanced,
-    Policy,
-    Proportional,
-    Threshold,
-)
-from preceptor.methods.data_env.pretraining import School, check_weak, go_to_school
-from preceptor.methods.data_env.rounds import Iteration, drop_later, read_iterations, write_iteration
-from preceptor.methods.data_env.skill_environments import SkillForest, SkillList
-from preceptor.methods.data_env.small_models import SMALL, ImagePrefixModel, load_pupil_model, reads_characters
-from preceptor.methods.data_env.student import TaskStudent
-from preceptor.methods.data_env.writers import Symbolic, Writer
-from preceptor.models.loading import load
+from preceptor.language import ChatSettings, open_chat
+from preceptor.losses.divergences import divergence
+from preceptor.methods.data_env.agents import Kind
+from preceptor.methods.data_env.environment import Episode
+from preceptor.methods.data_env.exam import Exam, discover_skills, draw_questions
+from preceptor.methods.data_env.examination import examine, summary
+from preceptor.methods.data_env.pretraining import School, check_weak
+from preceptor.methods.data_env.rounds import begin, write_iteration
+from preceptor.methods.data_env.small_models import SMALL
+from preceptor.methods.data_env.world import SYMBOLIC, make_task, make_task_student, make_world
 from preceptor.models.student_spec import LoraSpec, parse_student
-from preceptor.report import write_report
 from preceptor.report.table import Table
-from preceptor.statistics import Value
-from preceptor.tasks.contamination import leaks
-from preceptor.tasks.records import Completed, Task, complete, report
+from preceptor.tasks.records import Datum
 
 REQUIRES = "teachers"
 
 
-SYMBOLIC = "symbolic"
-
-
-ITERATIONS = "iterations"
-
-
-Act = Callable[[Mapping[str, Any]], tuple[Any, list[str]]]
-
-
-"""From what is seen (``info``) to an action of the environment, and why items were lost on the way."""
+DISCOVERED = "discovered"
 
 
 TRAINING = Training(epochs=16, batch_size=16, learning_rate=5e-4, warmup=0.1)
-
-
-MATH = ("reversal", "units/length", "units/mass", "multiplication/powers_of_ten")
 
 
 @dataclass(frozen=True)
@@ -103,7 +76,8 @@ class Config:
     task: Literal["math", "code", "visual"] = "math"
     """What the student is to learn."""
     skills: tuple[str, ...] | None = None
-    """Skills or ``skill/subskill`` that it is examined in; empty: all of the task's. None: four of math's, else all."""
+    """Skills or ``skill/subskill`` of the exam; empty: all of the task's; None: four of math's, else all.
+    ``discovered``: all items, with the skills that the teacher finds in them."""
     environment: Literal["open_ended", "skill_list", "skill_tree"] = "open_ended"
     """What the agent sees and what it can do."""
     agent: Kind = "with_state"
@@ -141,11 +115,21 @@ class Config:
             raise UserError(f"items is {self.items} and hypotheses {self.hypotheses}: both must be 1 or more.")
         if self.policy in ("train_retrain", "accumulate") and self.teacher.model == SYMBOLIC:
             raise UserError(f"The policy {self.policy} asks a language model: set teacher.model.")
+        if self.discovers and (len(self.skills or ()) > 1 or self.teacher.model == SYMBOLIC):
+            raise UserError(
+                "Skills are discovered by a language model, in all items: set teacher.model to one, and skills to "
+                "'discovered' alone."
+            )
         spec = parse_student(self.student)
         if self.task == "visual" and isinstance(spec, LoraSpec):
             raise UserError("Visual questions need a student that sees: set student to small, or to the folder of one.")
         if isinstance(spec, LoraSpec) and spec.base is None:
             raise UserError("The student's adapter needs a base: give lora:rank=16,base=NAME.")
+
+    @property
+    def discovers(self) -> bool:
+        """Whether the teacher finds the skills."""
+        return DISCOVERED in (self.skills or ())
 
 
 tiny = Config(
@@ -189,191 +173,25 @@ def main(config: Config) -> Table:
     questions = draw_questions(config.exam, task, seed=config.training.seed)
     chat = None if config.teacher.model == SYMBOLIC else open_chat(config.teacher)
     open_folder(folder, config, resume=config.resume)
-    pupil = make_pupil(config, task, questions, folder / "school")
-    environment, act = make_world(config, task, pupil, questions, chat)
+    if config.discovers and chat is not None:
+        questions = discover_skills(questions, chat, folder / "skills.json")
+    student = make_task_student(config, task, questions, teach, folder / "school")
+    environment, act = make_world(config, task, student, questions, chat)
     info = begin(environment, config.training.seed)
     while not environment.over:
         action, lost = act(info)  # the agent sees the student, and acts
-        _, reward, _, _, info = environment.step(action)  # written, checked, taught anew on everything, examined
+        _, reward, _, _, info = environment.step(action)  # written, checked, taught on everything (teach), examined
         write_iteration(environment, info, reward, lost)
         print(summary(environment, info, reward), flush=True)
-    return examine(config, pupil, questions)
+    return examine(config, student, questions)
 
 
-def begin(environment: DataEnvironment, seed: int) -> dict[str, Any]:
-    """The first round's ``info``, or that of the last whole round on the disk."""
-    rounds = read_iterations(environment.folder)
-    drop_later(environment.folder, len(rounds))
-    if rounds:
-        return environment.restore(rounds[-1].report["state"], [datum for one in rounds for datum in one.data])
-    _, info = environment.reset(seed=seed)
-    write_iteration(environment, info, 0.0, [])
-    return info
-
-
-def make_task(config: Config) -> Task:
-    """The task, in the short form for a character model and in the worded one for a language model."""
-    form: Literal["compact", "worded"] = "compact" if reads_characters(config.student) else "worded"
-    if config.task == "code":
-        from preceptor.tasks.programs import Programs
-
-        return Programs(form, config.skills or ())
-    if config.task == "visual":
-        from preceptor.tasks.figures import Figures
-
-        return Figures(form, config.skills or ())
-    from preceptor.tasks.arithmetic import Arithmetic
-
-    return Arithmetic(form, MATH if config.skills is None else config.skills)
-
-
-def drawing(config: Config, task: Task) -> Draw | None:
-    """Who draws the images that a chat teacher describes."""
-    if config.task != "visual":
-        return None
-    from preceptor.tasks.figures import Figures
-
-    assert isinstance(task, Figures)
-    return task.draw
-
-
-def make_pupil(config: Config, task: Task, questions: Questions, folder: Path) -> TaskStudent:
-    """The student at the start; ``small`` goes to school first, once for each ``folder``."""
-    spec, adapter = parse_student(config.student), None
-    if config.student == SMALL:
-        if not (folder / "student").exists():
-            go_to_school(config.school, task, questions, folder, seed=config.training.seed)
-        first = load_pupil_model(folder / "student")
-    elif isinstance(spec, LoraSpec) and spec.base is not None:
-        adapter, first = replace(spec, base=None), load(spec.base)
-    else:
-        first = load_pupil_model(Path(config.student))
-    batch = 256 if config.student == SMALL else 16
-    tokenizer = (first.language if isinstance(first, ImagePrefixModel) else first).tokenizer
-    length = answer_length(config.exam, task, [*questions.validation, *questions.test], tokenizer)
-    return TaskStudent(first, task, config.training, adapter=adapter, answer_length=length, batch_size=batch)
-
-
-def make_world(
-    config: Config, task: Task, pupil: TaskStudent, questions: Questions, chat: Chat | None
-) -> tuple[DataEnvironment, Act]:
-    """The environment, and the agent that acts in it."""
-    seen, seed = config.agent == "with_state", config.training.seed
-    writer: Writer = ChatWriter(chat, task, draw=drawing(config, task), least=config.least) if chat else Symbolic(task)
-    episode = replace(config.episode, reject_known=config.episode.reject_known and seen, blind=not seen)
-    folder, asked, test = Path(config.output) / ITERATIONS, questions.validation, questions.test
-    if config.environment == "open_ended":
-        drawn = task.items(60, seed=SCHOOL_SEED - 1 - seed)
-        held_out = leaks(drawn, [*asked, *test])  # the pool is shown with its answers
-        pool = tuple(item for item in drawn if item.id not in held_out)[:30]
-        writes = OpenEndedAgent(writer, config.agent, pool, task.skills, items=config.items, seed=seed)
-
-        def hand_over(info: Mapping[str, Any]) -> tuple[Any, list[str]]:
-            data, lost = writes(info)
-            return as_action(data), lost
-
-        return OpenEnded(task, pupil, asked, folder=folder, test=test, episode=episode), hand_over
-    if config.environment == "skill_list":
-        listed = SkillList(
-            task, pupil, asked, writer=writer, folder=folder, test=test, episode=episode, hypotheses=config.hypotheses
+def teach(run: Run, data: Listed[Datum], collate: Callable[[list[Datum]], Batch]) -> None:
+    """One lesson, from the first weights on all of D_{t+1}: -Σ log p_θ(y | x), a mean over a step's response tokens."""
+    for batch in run.batches(data, collate):
+        cross_entropy = partial(
+            divergence, teacher=None, mask=batch.predicts, labels=batch.labels, weight=0.0, label_weight=1.0
         )
-        allots = SkillListAgent(config.agent, listed.skills, items=config.items, seed=seed)
-        return listed, lambda info: (allots(info), [])
-    forest = SkillForest(task, pupil, asked, writer=writer, folder=folder, test=test, episode=episode)
-    chooses = SkillForestAgent(lambda skill: choose_policy(config, skill, forest.steps, chat))
-    return forest, lambda info: (forest.action(chooses(info)), [])
-
-
-def choose_policy(config: Config, skill: str, step: int, chat: Chat | None) -> Policy:
-    """Who acts for one skill of a tree in one round."""
-    if config.agent == "random":
-        return Chance(Random(f"{config.training.seed} {skill} {step}"), items=config.items // 3)
-    if config.policy in ("train_retrain", "accumulate"):
-        assert chat is not None
-        return Asked(chat, skill, "accumulate" if config.policy == "accumulate" else "train_retrain")
-    start = max(1, config.items // 15)
-    policies: dict[str, Policy] = {
-        "proportional": Proportional(start=start, items=config.items * 2 // 3),
-        "alternating": Alternating(),
-        "fill_balanced": FillBalanced(),
-        "threshold": Threshold(),
-    }
-    return policies[config.policy]
-
-
-def summary(environment: DataEnvironment, info: Mapping[str, Any], reward: float) -> str:
-    """A round in one line."""
-    return (
-        f"round {environment.steps}: {len(info['accepted'])} items accepted, "
-        f"{len(info['rejected']) + len(info['failures'])} rejected, {info['data']} in all; "
-        f"validation accuracy {info['report'].accuracy:.1%} ({reward:+.1%})"
-    )
-
-
-def examine(config: Config, pupil: TaskStudent, questions: Questions) -> Table:
-    """Ask the student of the best round and the untaught one the test items; write what a run leaves."""
-    folder = Path(config.output)
-    rounds = read_iterations(folder / ITERATIONS)
-    best = max((one for one in rounds if one.report["state"]["taught"]), key=_validation, default=rounds[0])
-    state = best.report["state"]
-    pupil.restart()
-    answers = {UNTAUGHT: complete(pupil.task, questions.test, pupil.answer(questions.test))}
-    if state["taught"]:
-        data = [datum for one in rounds for datum in one.data][: state["taught"]]
-        pupil.learn(data, folder / ITERATIONS / state["lesson"])
-        for name in ("metrics.jsonl", "environment.json"):
-            shutil.copy(folder / ITERATIONS / state["lesson"] / name, folder / name)
-    answers[TAUGHT] = complete(pupil.task, questions.test, pupil.answer(questions.test))
-    card = {"teacher": config.teacher.model, "method": "data_env", "items": state["taught"], "round": best.number}
-    pupil.save(folder / "student", card=card)
-    table = compare_students(config, answers, rounds, best)
-    before, after = (report(one).accuracy for one in answers.values())
-    headline = f"Accuracy on test items went from {before:.1%} to {after:.1%} with {state['taught']} written items."
-    told = [
-        {"prompt": item.instruction, "answers": {name: done[place].response for name, done in answers.items()}}
-        for place, item in list(enumerate(questions.test))[:: max(1, len(questions.test) // 6)][:6]
-    ]
-    write_result(folder, table, told, headline=headline, command=repeat("data_env", folder))
-    draw_episode(folder / "pictures", rounds)
-    table.print()
-    print(f"The student: {folder / 'student'}\nThe page: {write_report(folder)}")
-    return table
-
-
-def _validation(one: Iteration) -> float:
-    return float(one.report["accuracy"])
-
-
-def compare_students(
-    config: Config, answers: Mapping[str, list[Completed]], rounds: list[Iteration], best: Iteration
-) -> Table:
-    """Accuracy on test items by skill, untaught and taught, beside the items written for it and why others were not."""
-    table = Table(f"data_env: {config.environment}, {config.task}, {config.agent}", [*answers, "items", "rejected"])
-    reports = {name: report(done) for name, done in answers.items()}
-    kept = [datum for one in rounds for datum in one.data]
-    lost = [one for part in rounds for one in part.rejected]
-    for skill in reports[UNTAUGHT].skills:
-        table.rows[skill] = {
-            name: _share(one.skills[skill].accuracy, one.skills[skill].count) for name, one in reports.items()
-        }
-        table.rows[skill] |= {"items": sum(datum.skill == skill for datum in kept)}
-        table.rows[skill] |= {"rejected": sum(one.get("skill") == skill for one in lost)}
-    table.rows["all"] = {name: _share(one.accuracy, one.count) for name, one in reports.items()}
-    table.rows["all"] |= {"items": len(kept), "rejected": len(lost)}
-    table.units = dict.fromkeys(answers, "%")
-    table.better = dict.fromkeys(answers, "higher")
-    reasons: dict[str, int] = {}
-    for one in lost:
-        reasons[one["reason"]] = reasons.get(one["reason"], 0) + 1
-    table.notes = [
-        f"Test items, ± binomial standard error. The student of round {best.number} of {len(rounds) - 1}, the best on "
-        f"validation ({best.report['accuracy']:.1%}; {rounds[0].report['accuracy']:.1%} before).",
-        "Rejected: "
-        + ("; ".join(f"{count} × {reason}" for reason, count in sorted(reasons.items())) or "nothing")
-        + ".",
-    ]
-    return table
-
-
-def _share(share: float, count: int) -> Value:
-    return Value(100 * share, 100 * (share * (1 - share) / count) ** 0.5, count)
+        loss = run.student(batch, cross_entropy)
+        run.update(loss.sum, loss.count)
+    run.finish()

@@ -1,6 +1,6 @@
 """DataEnvGym's claim: an agent that sees the student fail teaches more with as many items than one that does not.
 
-It imports ``recipes.data_env``, its own, to run the method as it ships (see ``preceptor.reproductions``).
+It runs the method as it ships: task, student, environment and agent are those of the recipe.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from preceptor.files import write_whole
 from preceptor.methods.data_env.environment import Episode
 from preceptor.methods.data_env.exam import Exam, Questions, draw_questions
 from preceptor.methods.data_env.pretraining import School
-from preceptor.methods.data_env.recipe import TRAINING, Config, make_pupil, make_task, make_world
+from preceptor.methods.data_env.recipe import TRAINING, Config, teach
 from preceptor.methods.data_env.rounds import datum_from, datum_json, read_lines
 from preceptor.methods.data_env.student import TaskStudent
+from preceptor.methods.data_env.world import make_task, make_task_student, make_world
 from preceptor.report.table import Table
 from preceptor.statistics import Claim, compare, mean_of
 from preceptor.tasks.records import Datum, Task, complete, report
@@ -118,7 +119,7 @@ def one_seed(name: str, seed: int, folder: Path, *, full: bool) -> dict[str, dic
     )
     task = make_task(config)
     questions = draw_questions(config.exam, task, seed=config.training.seed)
-    pupil = make_pupil(config, task, questions, folder / f"school-{config.task}-{seed}")
+    student = make_task_student(config, task, questions, teach, folder / f"school-{config.task}-{seed}")
     path = folder / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}{'-full' if full else ''}"
     figures: dict[str, dict[str, float]] = {}
     for arm in ("untaught", *ARMS):
@@ -128,8 +129,8 @@ def one_seed(name: str, seed: int, folder: Path, *, full: bool) -> dict[str, dic
             if not kept.exists():
                 shutil.rmtree(kept.parent, ignore_errors=True)
                 kept.parent.mkdir(parents=True)
-                counts = teach_arm(replace(config, output=str(kept.parent)), arm, task, pupil, questions, draw=draw)
-                subskills = report(complete(task, questions.test, pupil.answer(questions.test))).subskills.values()
+                counts = teach_arm(replace(config, output=str(kept.parent)), arm, task, student, questions, draw=draw)
+                subskills = report(complete(task, questions.test, student.answer(questions.test))).subskills.values()
                 accuracy = 100 * sum(one.accuracy for one in subskills) / len(subskills)
                 gain = accuracy - figures["untaught"]["test accuracy"] if figures else 0.0
                 write_whole(kept, json.dumps({"test accuracy": accuracy, "gain": gain, **counts}) + "\n")
@@ -140,26 +141,26 @@ def one_seed(name: str, seed: int, folder: Path, *, full: bool) -> dict[str, dic
 
 
 def teach_arm(
-    config: Config, arm: str, task: Task, pupil: TaskStudent, questions: Questions, *, draw: int
+    config: Config, arm: str, task: Task, student: TaskStudent, questions: Questions, *, draw: int
 ) -> dict[str, float]:
     """Teach the student as an arm has it; how many items were accepted, and how many written for that."""
     folder = Path(config.output)
-    pupil.restart()
+    student.restart()
     if arm == "untaught":
         return {"accepted": 0, "written": 0}
     if arm == "shuffled":
         data = [datum_from(row) for row in read_lines(folder.parent / "with_state" / "data.jsonl")]
-        pupil.learn(shuffled(data, config.training.seed), folder / "training")
+        student.learn(shuffled(data, config.training.seed), folder / "training")
         return {"accepted": len(data), "written": len(data)}
     seen = arm == "with_state"
     episode = replace(config.episode, train_every=1 if seen else config.episode.rounds)
     config = replace(config, agent="with_state" if seen else "no_state" if arm == "no_state" else "random")
     for again in range(10):
         luck = config.training.seed + 1000 * draw + 100 * again  # of the agent alone: student and lessons keep theirs
-        pupil.restart()
+        student.restart()
         shutil.rmtree(folder / "iterations", ignore_errors=True)  # an earlier try's lesson must not be taken up
         world = replace(config, episode=episode, training=replace(config.training, seed=luck))
-        environment, act = make_world(world, task, pupil, questions, None)
+        environment, act = make_world(world, task, student, questions, None)
         _, info = environment.reset(seed=luck)
         written = 0
         while not environment.over:

@@ -20,8 +20,10 @@ import numpy as np
 
 from preceptor.errors import UserError
 from preceptor.files import write_whole
-from preceptor.methods.data_env.environment import DataEnvironment
+from preceptor.methods.data_env.environment import DataEnvironment, RoundInfo
 from preceptor.tasks.records import Completed, Datum
+
+ITERATIONS = "iterations"
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,8 @@ class Iteration:
     report: dict[str, Any]
 
 
-def write_iteration(environment: DataEnvironment, info: Mapping[str, Any], reward: float, lost: Sequence[str]) -> None:
-    """Writes the round that ``environment`` has just made, as ``info`` tells it, into the environment's folder.
+def write_iteration(environment: DataEnvironment, info: RoundInfo, reward: float, lost: Sequence[str]) -> None:
+    """Writes the round that ``environment`` has just made, as ``info`` describes it, into the environment's folder.
 
     ``lost``: why items that the agent had written itself were lost before the environment saw them.
     """
@@ -56,6 +58,17 @@ def write_iteration(environment: DataEnvironment, info: Mapping[str, Any], rewar
         "state": environment.state(),
     }
     write_whole(place / "report.json", json.dumps(report, indent=1) + "\n")
+
+
+def begin(environment: DataEnvironment, seed: int) -> RoundInfo:
+    """The first round's ``info``, or that of the last whole round on the disk."""
+    rounds = read_iterations(environment.folder)
+    drop_later(environment.folder, len(rounds))
+    if rounds:
+        return environment.restore(rounds[-1].report["state"], [datum for one in rounds for datum in one.data])
+    _, info = environment.reset(seed=seed)
+    write_iteration(environment, info, 0.0, [])
+    return info
 
 
 def read_iterations(folder: Path) -> list[Iteration]:

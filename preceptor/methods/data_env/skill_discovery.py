@@ -13,6 +13,7 @@ from pathlib import Path
 from preceptor.errors import UserError
 from preceptor.files import write_whole
 from preceptor.language import Chat, Request
+from preceptor.language.structured import object_schema
 from preceptor.tasks.records import Item
 
 TRIES = 3  # further questions after one whose answer is no allowed label
@@ -94,13 +95,13 @@ def label(item: Item, names: tuple[str, ...], chat: Chat) -> str:
     Raises:
         UserError: no answer is on the list after ``TRIES`` further tries; the text lists the allowed labels.
     """
-    said = ""
+    answer = ""
     for attempt in range(TRIES + 1):
-        said = _one(chat, _label_request(item, names, said, attempt), "skill")
-        if said in names:
-            return said
+        answer = _one(chat, _label_request(item, names, answer, attempt), "skill")
+        if answer in names:
+            return answer
     raise UserError(
-        f"The teacher calls the skill of {item.instruction[:60]!r} {said!r}, which is not one of {', '.join(names)}: "
+        f"The teacher calls the skill of {item.instruction[:60]!r} {answer!r}, which is not one of {', '.join(names)}: "
         "discover the skills anew, or with another model."
     )
 
@@ -110,16 +111,12 @@ def _one(chat: Chat, request: Request, key: str) -> str:
     return str((reply.data or {}).get(key, "")).strip()
 
 
-def _object(**properties: object) -> dict[str, object]:
-    return {"type": "object", "properties": properties, "required": list(properties)}
-
-
 def _name_request(item: Item) -> Request:
     text = (
         "Name the one skill that a student needs most to answer the question below. Give a short reason, and the name "
         f"in lower case with underscores, such as adding_fractions.\n\nQuestion: {item.instruction}"
     )
-    schema = _object(reason={"type": "string"}, skill={"type": "string"})
+    schema = object_schema(reason={"type": "string"}, skill={"type": "string"})
     return Request(({"role": "user", "content": text},), schema=schema)
 
 
@@ -129,13 +126,13 @@ def _sort_request(names: Sequence[str], least: int) -> Request:
         f"in two categories, and none may be left out.{f' Make at least {least} categories.' if least else ''}\n\n"
         + "\n".join(names)
     )
-    category = _object(name={"type": "string"}, skills={"type": "array", "items": {"type": "string"}})
-    schema = _object(categories={"type": "array", "items": category})
+    category = object_schema(name={"type": "string"}, skills={"type": "array", "items": {"type": "string"}})
+    schema = object_schema(categories={"type": "array", "items": category})
     return Request(({"role": "user", "content": text},), max_tokens=2048, schema=schema)
 
 
-def _label_request(item: Item, names: tuple[str, ...], said: str, attempt: int) -> Request:
-    again = f" You said {said!r} before, which is not on the list." if attempt else ""
+def _label_request(item: Item, names: tuple[str, ...], before: str, attempt: int) -> Request:
+    again = f" You answered {before!r} before, which is not on the list." if attempt else ""
     text = f"Choose the category of the question from this list: {', '.join(names)}.{again}\n\nQuestion: "
-    schema = _object(skill={"type": "string"})
+    schema = object_schema(skill={"type": "string"})
     return Request(({"role": "user", "content": text + item.instruction},), seed=attempt, schema=schema)

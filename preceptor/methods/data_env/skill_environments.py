@@ -11,7 +11,7 @@ import numpy as np
 from gymnasium import spaces
 
 from preceptor.errors import UserError
-from preceptor.methods.data_env.environment import UNKNOWN, DataEnvironment, Episode, TaughtStudent
+from preceptor.methods.data_env.environment import UNKNOWN, DataEnvironment, Episode, RoundInfo, TaughtStudent
 from preceptor.methods.data_env.skill_tree import Action, Experience, Exploit, Explore, SkillTree, act, read_experience
 from preceptor.methods.data_env.writers import Order, Writer, Written
 from preceptor.tasks.records import Check, Datum, Item, PerformanceReport, Task
@@ -77,6 +77,12 @@ class SkillList(DataEnvironment):
         return gather(self.writer.write(orders))
 
 
+class ForestInfo(RoundInfo):
+    """Also what each skill's tree has been through, round by round."""
+
+    history: dict[str, tuple[Experience, ...]]
+
+
 class SkillForest(DataEnvironment):
     """The agent sees a tree for each skill, and explores or exploits in each; the writer fills the trees.
 
@@ -103,7 +109,7 @@ class SkillForest(DataEnvironment):
         self.history: dict[str, tuple[Experience, ...]] = dict.fromkeys(self.skills, ())
         self._acted: dict[str, tuple[SkillTree, Action]] = {}
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, RoundInfo]:  # type: ignore[override]
         """Cuts all trees down, forgets all data, gives the student its first weights back, and evaluates it."""
         self.history = dict.fromkeys(self.skills, ())
         return super().reset(seed=seed, options=options)
@@ -113,7 +119,7 @@ class SkillForest(DataEnvironment):
         histories = {skill: [asdict(one) for one in past] for skill, past in self.history.items()}
         return super().state() | {"history": histories}
 
-    def restore(self, state: dict[str, Any], data: Sequence[Datum]) -> dict[str, Any]:
+    def restore(self, state: dict[str, Any], data: Sequence[Datum]) -> RoundInfo:
         """As the other environments', with the history of each skill."""
         self.history = {skill: tuple(read_experience(one) for one in past) for skill, past in state["history"].items()}
         return super().restore(state, data)
@@ -233,8 +239,8 @@ class SkillForest(DataEnvironment):
         rejected: Sequence[tuple[Datum, Check]],
         failures: Sequence[str],
         checks: Sequence[Check],
-    ) -> dict[str, Any]:
-        return super()._info(accepted, rejected, failures, checks) | {"history": dict(self.history)}
+    ) -> ForestInfo:
+        return {**super()._info(accepted, rejected, failures, checks), "history": dict(self.history)}
 
 
 def gather(written: Sequence[Written]) -> tuple[list[Datum], list[str]]:

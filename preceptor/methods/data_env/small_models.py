@@ -44,10 +44,11 @@ CHARACTERS = string.printable[:95] + "\n"
 TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}"
     "{{ eos_token if message['role'] == 'assistant' else '\n' }}{% endfor %}"
-)  # a question ends with a newline, an answer with the end token: nothing that a character model must read in vain
+)  # a question ends with a newline, an answer with the end token, and no other marks
 
 
-EYES = "eyes.safetensors"
+IMAGE_ENCODER = "image_encoder.safetensors"
+OLD_IMAGE_ENCODER = "eyes.safetensors"  # its name in folders that were written before
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,13 +105,13 @@ class ImagePrefixModel(nn.Module):
     def _continue(self, states: Tensor, count: int) -> Tensor:
         stop = torch.tensor(sorted(self.language.stop_ids), device=states.device)
         body: Any = self.language.causal.base_model
-        told = body(inputs_embeds=states, use_cache=True)
+        state = body(inputs_embeds=states, use_cache=True)
         columns: list[Tensor] = []
         ended = torch.zeros(len(states), dtype=torch.bool, device=states.device)
         while len(columns) < count and not bool(ended.all()):
-            columns.append(project(told.last_hidden_state[:, -1], self.language.head).argmax(-1))
+            columns.append(project(state.last_hidden_state[:, -1], self.language.head).argmax(-1))
             ended |= torch.isin(columns[-1], stop)
-            told = body(input_ids=columns[-1].unsqueeze(-1), past_key_values=told.past_key_values, use_cache=True)
+            state = body(input_ids=columns[-1].unsqueeze(-1), past_key_values=state.past_key_values, use_cache=True)
         return torch.stack(columns, dim=1)
 
 
@@ -158,14 +159,18 @@ def reads_characters(student: str) -> bool:
     return bool(json.loads(path.read_text(encoding="utf-8"))["model"]["type"] == "WordLevel")
 
 
-def load_pupil_model(folder: Path) -> LanguageModel | ImagePrefixModel:
-    """A student that ``TaskStudent.save`` wrote, or any local model by name; one that sees, where its eyes lie beside it."""
+def load_task_model(folder: Path) -> LanguageModel | ImagePrefixModel:
+    """A student that ``TaskStudent.save`` wrote, or any local model by name.
+
+    It reads images where an image encoder lies beside its weights.
+    """
     language = load(str(folder))
-    if not (folder / EYES).exists():
+    encoders = [folder / name for name in (IMAGE_ENCODER, OLD_IMAGE_ENCODER) if (folder / name).exists()]
+    if not encoders:
         return language
-    seeing = ImagePrefixModel(language)
-    seeing.look.load_state_dict(load_file(folder / EYES))
-    return seeing.eval()
+    model = ImagePrefixModel(language)
+    model.look.load_state_dict(load_file(encoders[0]))
+    return model.eval()
 
 
 def _characters() -> PreTrainedTokenizerFast:

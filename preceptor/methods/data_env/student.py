@@ -1,7 +1,7 @@
 """Students that answer a task's items and are taught on training items: a local model with LoRA, or a small fresh one.
 
-``TaskStudent`` wraps either. Teaching always starts from the first weights (a new adapter, or a fresh copy) and takes all the
-items there are, as DataEnvGym's trainer does: no lesson builds on weights that an earlier lesson left.
+``TaskStudent`` wraps either. Teaching always starts from the first weights (a new adapter, or a fresh copy) and takes
+all the items there are, as DataEnvGym's trainer does: no lesson builds on weights that an earlier lesson left.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Sequence as Listed
+from collections.abc import Callable, Sequence as Listed
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,17 +22,21 @@ from preceptor.data.readers import Example
 from preceptor.data.sequences import Batch, Sequence, collate
 from preceptor.engine.run import Run
 from preceptor.engine.settings import Training
-from preceptor.losses.divergences import divergence
-from preceptor.methods.data_env.small_models import EYES, ImagePrefixModel, SeenBatch, cut_patches
+from preceptor.methods.data_env.small_models import IMAGE_ENCODER, ImagePrefixModel, SeenBatch, cut_patches
 from preceptor.models.language_model import LanguageModel, in_evaluation
 from preceptor.models.student import make_student
 from preceptor.models.student_spec import LoraSpec
 from preceptor.tasks.records import Datum, Item, Task, item_of
 
+Teach = Callable[[Run, Listed[Datum], Callable[[list[Datum]], Batch]], None]
+
+
+"""One lesson: the run of a fresh student, its data, and how some of them become a batch."""
+
 
 @dataclass(frozen=True)
 class Lesson:
-    """What tells one lesson from another, so that none is taken up with other data."""
+    """What distinguishes one lesson from another, so that none is resumed with other data."""
 
     training: Training
     items: int
@@ -60,6 +63,7 @@ class TaskStudent:
         first: LanguageModel | ImagePrefixModel,
         task: Task,
         training: Training,
+        teach: Teach,
         *,
         adapter: str | LoraSpec | None = None,
         answer_length: int = 350,
@@ -72,6 +76,7 @@ class TaskStudent:
             first: the model before any lesson; it is never changed.
             task: gives the text that the student reads of an item.
             training: how it is taught; epochs or steps count anew in each lesson.
+            teach: one lesson, the loop of the recipe.
             adapter: a LoRA specification of ``make_student`` for what learns; None: all weights learn.
             answer_length: tokens of an answer at most.
             max_length: tokens of a training item; a longer one is cut.
@@ -80,6 +85,7 @@ class TaskStudent:
         self.first = first
         self.task = task
         self.training = training
+        self.teach = teach
         self.adapter = adapter
         self.answer_length = answer_length
         self.max_length = max_length
@@ -98,17 +104,15 @@ class TaskStudent:
         with in_evaluation(self.model):
             if isinstance(self.model, ImagePrefixModel):
                 patches = torch.stack([cut_patches(item.image) for item in items])
-                told = self.model.generate(prompts, patches, max_new_tokens=self.answer_length)
+                outputs = self.model.generate(prompts, patches, max_new_tokens=self.answer_length)
             else:
-                told = self.model.generate(
+                outputs = self.model.generate(
                     prompts, max_new_tokens=self.answer_length, temperature=0.0, batch_size=self.batch_size
                 )
-        return [str(language.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in told]
+        return [str(language.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in outputs]
 
     def learn(self, data: Listed[Datum], folder: Path) -> None:
         """Teaches the student all the data, from its first weights; a lesson that was stopped is taken up again.
-
-        The loss is the cross-entropy of the response's tokens, a mean over those of a whole step.
 
         Raises:
             UserError: there is no datum, or the folder holds another lesson.
@@ -117,19 +121,13 @@ class TaskStudent:
         lesson = Lesson(self.training, len(data), lesson_hash(data))
         resume = (folder / "config.json").exists()
         run = Run(self.training, student=self.model, folder=folder, config=lesson, resume=resume)
-        for batch in run.batches(data, self._collate):
-            labels = partial(
-                divergence, teacher=None, mask=batch.predicts, labels=batch.labels, weight=0.0, label_weight=1.0
-            )
-            loss = run.student(batch, labels)
-            run.update(loss.sum, loss.count)
-        run.finish()
+        self.teach(run, data, self._collate)
 
     def save(self, folder: Path, *, card: dict[str, object]) -> None:
-        """Writes the student with its tokenizer and model card; what sees an image goes beside, in eyes.safetensors."""
+        """Writes the student with tokenizer and model card; an image encoder goes to image_encoder.safetensors."""
         self._language.save(folder, card=card)
         if isinstance(self.model, ImagePrefixModel):
-            save_file(self.model.look.state_dict(), folder / EYES)
+            save_file(self.model.look.state_dict(), folder / IMAGE_ENCODER)
 
     @property
     def _language(self) -> LanguageModel:
@@ -142,8 +140,8 @@ class TaskStudent:
         return copy.deepcopy(self.first).train()
 
     def _collate(self, data: list[Datum]) -> Batch:
-        told = [self._sequence(self.task.prompt(item_of(one, self.task.name)), one.response) for one in data]
-        batch = collate(told, self._language.pad_id)
+        sequences = [self._sequence(self.task.prompt(item_of(one, self.task.name)), one.response) for one in data]
+        batch = collate(sequences, self._language.pad_id)
         if not isinstance(self.model, ImagePrefixModel):
             return batch
         patches = torch.stack([cut_patches(one.image) for one in data])

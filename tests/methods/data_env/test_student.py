@@ -1,4 +1,4 @@
-"""Students of an environment: small and fresh, with and without eyes, or with an adapter."""
+"""Students of an environment: small and fresh, with and without an image encoder, or with an adapter."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from preceptor.engine.settings import Training
 from preceptor.errors import UserError
+from preceptor.methods.data_env.recipe import teach
 from preceptor.methods.data_env.small_models import (
     PATCH,
     ImagePrefixModel,
     cut_patches,
-    load_pupil_model,
+    load_task_model,
     small_student,
 )
 from preceptor.methods.data_env.student import TaskStudent
@@ -31,13 +32,13 @@ def weights(model: nn.Module) -> Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
-def pupil(training: Training = SHORT, adapter: str = "") -> TaskStudent:
+def student(training: Training = SHORT, adapter: str = "") -> TaskStudent:
     first = small_student(seed=0)
-    return TaskStudent(first, TASK, training, adapter=adapter, answer_length=8)
+    return TaskStudent(first, TASK, training, teach, adapter=adapter, answer_length=8)
 
 
 def test_the_small_student_learns_what_it_is_shown() -> None:
-    learner = pupil(Training(steps=60, batch_size=24, learning_rate=3e-3, warmup=0.1))
+    learner = student(Training(steps=60, batch_size=24, learning_rate=3e-3, warmup=0.1))
     items = TASK.items(24, seed=1)
     assert sum(TASK.score(items, learner.answer(items))) < 4
     learner.learn(DATA, Path("lesson"))
@@ -46,7 +47,7 @@ def test_the_small_student_learns_what_it_is_shown() -> None:
 
 @pytest.mark.parametrize("adapter", ["", "lora:rank=2"])
 def test_every_lesson_starts_from_the_first_weights(adapter: str) -> None:
-    learner, other = pupil(adapter=adapter), pupil(adapter=adapter)
+    learner, other = student(adapter=adapter), student(adapter=adapter)
     start = weights(learner.first)
     learner.learn(DATA[:12], Path("a"))
     learner.learn(DATA, Path("b"))
@@ -58,7 +59,7 @@ def test_every_lesson_starts_from_the_first_weights(adapter: str) -> None:
 
 
 def test_a_lesson_with_an_adapter_leaves_the_base_as_it_was() -> None:
-    learner = pupil(adapter="lora:rank=2")
+    learner = student(adapter="lora:rank=2")
     learner.learn(DATA, Path("a"))
     learns = [name for name, parameter in learner.model.named_parameters() if parameter.requires_grad]
     assert learns
@@ -66,10 +67,10 @@ def test_a_lesson_with_an_adapter_leaves_the_base_as_it_was() -> None:
 
 
 def test_a_finished_lesson_is_taken_up_and_another_one_refused() -> None:
-    learner = pupil()
+    learner = student()
     learner.learn(DATA, Path("lesson"))
     taught = weights(learner.model)
-    again = pupil()
+    again = student()
     again.learn(DATA, Path("lesson"))
     assert torch.equal(weights(again.model), taught)
     with pytest.raises(UserError, match="holds another run"):
@@ -78,11 +79,11 @@ def test_a_finished_lesson_is_taken_up_and_another_one_refused() -> None:
 
 def test_no_data_is_an_error() -> None:
     with pytest.raises(UserError, match="no example to learn from"):
-        pupil().learn([], Path("lesson"))
+        student().learn([], Path("lesson"))
 
 
-def test_pupils_share_nothing() -> None:
-    first, second = pupil(), pupil()
+def test_students_share_nothing() -> None:
+    first, second = student(), student()
     first.answer(TASK.items(2, seed=5))
     assert second._read == {}
 
@@ -92,7 +93,7 @@ SIGHT = Figures(only=("counting/colour", "naming"))
 
 def test_a_student_that_sees_is_moved_by_the_image() -> None:
     torch.manual_seed(0)
-    learner = TaskStudent(small_student(seed=0, sees=True), SIGHT, SHORT, answer_length=4)
+    learner = TaskStudent(small_student(seed=0, sees=True), SIGHT, SHORT, teach, answer_length=4)
     assert isinstance(learner.first, ImagePrefixModel)
     items = SIGHT.items(12, seed=1)
     data = [SIGHT.datum(item) for item in items]
@@ -106,18 +107,20 @@ def test_a_student_that_sees_is_moved_by_the_image() -> None:
     assert one.shape[:2] == batch.input_ids.shape
 
 
-def test_a_student_that_sees_is_saved_with_its_eyes() -> None:
-    learner = TaskStudent(small_student(seed=0, sees=True), SIGHT, SHORT, answer_length=4)
+def test_a_student_that_sees_is_saved_with_its_image_encoder() -> None:
+    learner = TaskStudent(small_student(seed=0, sees=True), SIGHT, SHORT, teach, answer_length=4)
     items = SIGHT.items(10, seed=2)
     learner.learn([SIGHT.datum(item) for item in items], Path("lesson"))
     learner.save(Path("student"), card={"method": "test"})
-    loaded = TaskStudent(load_pupil_model(Path("student")), SIGHT, SHORT, answer_length=4)
+    loaded = TaskStudent(load_task_model(Path("student")), SIGHT, SHORT, teach, answer_length=4)
     assert loaded.answer(items) == learner.answer(items)
     assert torch.equal(weights(loaded.model), weights(learner.model))
+    Path("student/image_encoder.safetensors").rename("student/eyes.safetensors")  # as it was called before
+    assert torch.equal(weights(load_task_model(Path("student"))), weights(learner.model))
 
 
 def test_answers_of_questions_of_many_lengths_come_in_their_order() -> None:
-    learner = TaskStudent(small_student(seed=3, sees=True), SIGHT, SHORT, answer_length=3)
+    learner = TaskStudent(small_student(seed=3, sees=True), SIGHT, SHORT, teach, answer_length=3)
     items = SIGHT.items(9, seed=2)
     alone = [learner.answer([item])[0] for item in items]
     assert learner.answer(items) == alone
