@@ -1,4 +1,4 @@
-"""Capturing what a teacher says: each sequence once, in batches, resumable at any instant."""
+"""Capturing a teacher's targets: each sequence once, in batches, resumable at any instant."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def capture(
     teacher: LanguageModel, sequences: Listed[Sequence], folder: str | Path, *, name: str, max_length: int,
     plan: CapturePlan, say: Say | None = None,
 ) -> Cache:  # fmt: skip
-    """Write what a teacher says of sequences into a cache; those that are there already are left as they are.
+    """Write a teacher's targets for sequences into a cache; those that are there already are left as they are.
 
     A folder that holds a cache of the same teacher, tokenizer and template is continued with its own kind and
     parameters, whether it was interrupted or is given new data.
@@ -192,22 +192,22 @@ def _capture_all(
 def _encode(codec: Codec, keys: list[bytes], states: list[Tensor], head: Head) -> list[Finished]:
     seeds = [np.random.default_rng(int.from_bytes(key, "little")) for key in keys]
     offsets = [seed.random(len(rows)) for seed, rows in zip(seeds, states)]
-    told = encode(codec, torch.cat(states), head, torch.from_numpy(np.concatenate(offsets)))
-    return list(_divided(told, keys, [len(rows) for rows in states]))
+    encoded = encode(codec, torch.cat(states), head, torch.from_numpy(np.concatenate(offsets)))
+    return list(_divided(encoded, keys, [len(rows) for rows in states]))
 
 
-def _divided(told: Encoded, keys: list[bytes], rows: list[int]) -> Iterator[Finished]:
-    ends = np.cumsum(told.lengths)
+def _divided(encoded: Encoded, keys: list[bytes], rows: list[int]) -> Iterator[Finished]:
+    ends = np.cumsum(encoded.lengths)
     row = word = 0
     for key, count in zip(keys, rows):
         through, last = row + count, int(ends[row + count - 1])
-        blob = pack(told.words[word:last], told.lengths[row:through])
-        yield Finished(key, blob, count, float(told.kl[row:through].mean()), float(told.mass[row:through].mean()))
+        blob = pack(encoded.words[word:last], encoded.lengths[row:through])
+        yield Finished(key, blob, count, float(encoded.kl[row:through].mean()), float(encoded.mass[row:through].mean()))
         row, word = through, last
 
 
 class Report:
-    """What a capture says while it goes on: bytes a token, mass kept, KL(teacher ‖ decoded), and the time left."""
+    """The progress of a capture: bytes a token, mass kept, KL(teacher ‖ decoded), and the time left."""
 
     def __init__(self, tokens: int) -> None:
         self._total, self._done, self._bytes, self._kl, self._mass = tokens, 0, 0, 0.0, 0.0

@@ -1,4 +1,4 @@
-"""Codecs fitted to a sample of what a teacher says, and the choice among the kinds."""
+"""Codecs fitted to a sample of a teacher's outputs, and the choice among the kinds."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def measure(codec: Codec, sample: Tensor, head: Head) -> Measured:
 
 
 def choose(sample: Tensor, head: Head, wanted: Wanted) -> tuple[Codec, str]:
-    """The kind with the least KL(teacher ‖ decoded) at the budget, and one sentence that says why."""
+    """The kind with the least KL(teacher ‖ decoded) at the budget, and one sentence that gives the reason."""
     kinds: tuple[Kind, ...] = ("hidden", "top_k", "sampled")
     tried = [measure(fit(kind, sample, head, wanted), sample, head) for kind in kinds]
     fitting = [one for one in tried if one.bytes <= 1.15 * wanted.budget] or tried

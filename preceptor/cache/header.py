@@ -27,10 +27,10 @@ UNFINISHED = ("codebook.safetensors", "head.safetensors")
 
 @dataclass(frozen=True)
 class Header:
-    """What header.json says.
+    """The contents of header.json.
 
     ``temperature`` is 1: hidden states give logits at any other, and top-k rows are raised to a power by the divergence
-    (their tail taken as flat). ``rows`` tells which positions are stored: those that predict a response token.
+    (their tail taken as flat). ``rows``: which positions are stored: those that predict a response token.
     """
 
     version: int
@@ -52,7 +52,7 @@ class Header:
 
     @staticmethod
     def of(model: LanguageModel, name: str, codec: Codec, max_length: int, chosen: str) -> Header:
-        """The header of a cache of what ``model`` says."""
+        """The header of a cache of ``model``'s targets."""
         head = model.head
         return Header(
             version=VERSION,
@@ -79,13 +79,13 @@ class Header:
         """
         path = folder / "header.json"
         try:
-            told = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"{folder} holds no cache (header.json): make one with `preceptor cache`.") from error
         known = {field.name for field in fields(Header)}
-        if not isinstance(told, dict) or told.get("version") != VERSION or not set(told) <= known:
+        if not isinstance(content, dict) or content.get("version") != VERSION or not set(content) <= known:
             raise UserError(f"{path} is not of cache format {VERSION}: capture the cache again with this version.")
-        return Header(**told)
+        return Header(**content)
 
     def check_tokenizer(self, tokenizer: Any) -> None:
         """Refuse another tokenizer or chat template.

@@ -20,7 +20,7 @@ from preceptor.models.language_model import LanguageModel
 
 
 class Cache:
-    """What a teacher said once, found by the content of token sequences. ``CachedTeacher(cache)`` is a teacher.
+    """A teacher's targets, found by the content of token sequences. ``CachedTeacher(cache)`` is a teacher.
 
     Open it with ``Cache.open``. ``len`` counts sequences.
     """
@@ -70,7 +70,7 @@ class Cache:
         return int((self._shelf.find([sequence_key(sequence) for sequence in sequences]) < 0).sum())
 
     def targets(self, wanted: Batch | Listed[Sequence]) -> SoftTargets:
-        """Soft targets of a batch, or of sequences, on the CPU (or where ``to`` said).
+        """Soft targets of a batch, or of sequences, on the CPU (or on the device given to ``to``).
 
         Returns:
             Packed rows (N, ...): one for each position that predicts a response token, in the order of

@@ -1,6 +1,6 @@
 """Rows of a few tokens each, coded compactly: which tokens, and a small integer (a level) for each.
 
-Both sparse kinds are such rows. Tokens are told by their rank of frequency on the sample; every integer is coded in
+Both sparse kinds are such rows. Tokens are named by their rank of frequency on the sample; every integer is coded in
 bins of four to the octave with raw low bits. A row is sorted by level, and by rank within a level, so that levels are
 coded as differences (under the level before) and ranks within a level as gaps: an order that carries no information
 costs no bits.

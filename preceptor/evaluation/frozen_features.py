@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 
 from preceptor.errors import UserError
@@ -122,6 +121,8 @@ def few_shot(features: Tensor, labels: Tensor, *, shots: int, seed: int, episode
 
 def neighbours(known: Tensor, labels: Tensor, asked: Tensor, answers: Tensor, *, count: int = NEIGHBOURS) -> float:
     """Share of features asked whose label the nearest known ones tell, by cosine, each vote weighted by it."""
+    from sklearn.neighbors import KNeighborsClassifier
+
     vote = KNeighborsClassifier(min(count, len(known)), weights=lambda far: 1 - far, metric="cosine")
     vote.fit(known.numpy(), labels.numpy())
     return float(vote.score(asked.numpy(), answers.numpy()))

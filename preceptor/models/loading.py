@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from preceptor.errors import UserError
 from preceptor.models import embedded, gguf
 from preceptor.models.language_model import LanguageModel, in_evaluation, project
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -25,6 +27,8 @@ def load(name: str, *, dtype: str = "float32") -> LanguageModel:
     Raises:
         UserError: no such model, a missing package, pickled weights, or an unknown dtype.
     """
+    from transformers import AutoModelForCausalLM
+
     if dtype not in DTYPES:
         raise UserError(f'The dtype "{dtype}" is not one of {", ".join(DTYPES)}.')
     precision: torch.dtype = getattr(torch, dtype)
@@ -46,6 +50,8 @@ def load_tokenizer(name: str) -> Any:
     Raises:
         UserError: no such model, or a missing package.
     """
+    from transformers import AutoTokenizer
+
     if name == embedded.LANGUAGE_MODEL[0] or name.endswith(".gguf"):
         return load(name).tokenizer
     try:
@@ -60,6 +66,8 @@ def load_encoder(name: str) -> tuple[PreTrainedModel, Any]:
     Raises:
         UserError: no such model, a missing package, or pickled weights.
     """
+    from transformers import AutoModel
+
     if name == embedded.ENCODER[0]:
         name = str(embedded.find(embedded.ENCODER))
     model, tokenizer = _from_pretrained(AutoModel, name, torch.float32)
@@ -67,6 +75,8 @@ def load_encoder(name: str) -> tuple[PreTrainedModel, Any]:
 
 
 def _from_pretrained(kind: Any, name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
+    from transformers import AutoTokenizer
+
     path = Path(name)
     local = path.is_dir()
     if local:

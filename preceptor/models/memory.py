@@ -22,19 +22,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from preceptor.errors import UserError
 from preceptor.models import embedded
 from preceptor.models.language_model import LanguageModel
-from preceptor.models.shared_attention.config import SharedAttentionConfig
 from preceptor.models.student import make_student
 from preceptor.models.student_spec import FollowersSpec, FreshSpec, LayersSpec, LoraSpec, StudentSpec, parse_student
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 LOSS_BYTES = 256 << 20
 
@@ -143,6 +144,8 @@ def read_config(name: str) -> PretrainedConfig:
     Raises:
         UserError: there is no such model, or it cannot be read.
     """
+    from transformers import AutoConfig
+
     folder, extra = name, dict[str, str]()
     if name == embedded.LANGUAGE_MODEL[0] or name.endswith(".gguf"):
         path = embedded.find(embedded.LANGUAGE_MODEL) if name == embedded.LANGUAGE_MODEL[0] else Path(name)
@@ -157,7 +160,7 @@ def read_config(name: str) -> PretrainedConfig:
 
 
 def resident() -> int:
-    """Bytes of memory that this process holds now (its peak, where the system tells no more)."""
+    """Bytes of memory that this process holds now (its peak, where the system reports no more)."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             pages = int(file.read().split()[1])
@@ -171,6 +174,8 @@ def resident() -> int:
 
 
 def _build(config: PretrainedConfig) -> LanguageModel:
+    from transformers import AutoModelForCausalLM
+
     size = int(config.get_text_config().vocab_size)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
     return LanguageModel(model, Vocabulary(size))
@@ -178,6 +183,8 @@ def _build(config: PretrainedConfig) -> LanguageModel:
 
 def _shape_of(spec: StudentSpec, teacher: LanguageModel) -> LanguageModel:
     """A model with the shapes of the student: a pruned copy has those of a fresh one with as many layers."""
+    from preceptor.models.shared_attention.config import SharedAttentionConfig
+
     match spec:
         case FollowersSpec(followers):
             return _build(SharedAttentionConfig(text_config=teacher.causal.config, followers=followers))

@@ -7,14 +7,16 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from preceptor.errors import UserError
 from preceptor.models.embedded import without_progress_bars
 from preceptor.models.gguf import forget_quantisation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def write_model(

@@ -139,8 +139,8 @@ def sample(
         chosen = order[start : start + batch_size]
         ids, mask = left_pad([prompts[index] for index in chosen], device)
         prefix = Prefix(ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), None)
-        told = go_on(step, prefix, sampling, stop=stop, limits=[limits[index] for index in chosen])
-        for index, answer in zip(chosen, told):
+        completions = go_on(step, prefix, sampling, stop=stop, limits=[limits[index] for index in chosen])
+        for index, answer in zip(chosen, completions):
             answers[index] = tuple(answer)
     return answers
 

@@ -6,19 +6,19 @@ import copy
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from preceptor.errors import UserError
 from preceptor.models import embedded
 from preceptor.models.language_model import LanguageModel
 from preceptor.models.loading import load
-from preceptor.models.shared_attention.config import SharedAttentionConfig
-from preceptor.models.shared_attention.model import share
 from preceptor.models.student_spec import FollowersSpec, FreshSpec, LayersSpec, LoraSpec, StudentSpec, parse_student
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def make_student(spec: str | StudentSpec, teacher: LanguageModel, *, seed: int) -> LanguageModel:
@@ -92,12 +92,16 @@ def sharing(teacher: LanguageModel, followers: list[int]) -> LanguageModel:
     Raises:
         UserError: the architecture is not supported, or the followers do not fit it.
     """
+    from preceptor.models.shared_attention.model import share
+
     with embedded.without_progress_bars():
         model = share(_plain(teacher), followers)
     return LanguageModel(model.to(torch.float32), copy.deepcopy(teacher.tokenizer)).train()  # type: ignore[arg-type]
 
 
 def _check_unshared(config: Any) -> None:
+    from preceptor.models.shared_attention.config import SharedAttentionConfig
+
     if config.model_type == SharedAttentionConfig.model_type:
         raise UserError(
             "The layers of a model with shared attention do not stand alone, so that none can be left out: choose "
@@ -140,6 +144,8 @@ def _with_layers(config: Any, keep: tuple[int, ...]) -> Any:
 
 
 def _fresh(teacher: LanguageModel, spec: FreshSpec) -> LanguageModel:
+    from transformers import AutoModelForCausalLM
+
     source = teacher.causal
     _check_unshared(source.config)
     text = source.config.get_text_config()

@@ -20,7 +20,7 @@ from transformers import (
 
 from preceptor.data.sequences import Sequence, collate
 from preceptor.errors import UserError
-from preceptor.models import embedded
+from preceptor.models import embedded, gguf
 from preceptor.models.identity import same_tokenizer, template_hash, tokenizer_hash
 from preceptor.models.language_model import LanguageModel, project
 from preceptor.models.loading import load, load_encoder
@@ -350,7 +350,7 @@ def test_the_embedded_model_is_converted_once_and_found_without_importing_its_pa
     def unread(*_args):
         raise AssertionError("the GGUF file was read again")
 
-    monkeypatch.setattr(embedded, "_read_gguf", unread)
+    monkeypatch.setattr(gguf, "_read_gguf", unread)
     again = load("smollm2", dtype="bfloat16")
     assert again.head.weight.dtype == torch.bfloat16
     assert torch.equal(again.head.weight, model.head.weight.bfloat16())
@@ -369,7 +369,7 @@ def test_a_cache_folder_that_cannot_be_written_is_done_without(tmp_path, monkeyp
         read.count += 1
         return source.model.to(dtype), source.tokenizer
 
-    monkeypatch.setattr(embedded, "_read_gguf", reading)
+    monkeypatch.setattr(gguf, "_read_gguf", reading)
     (tmp_path / "model.gguf").write_bytes(b"weights")
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
@@ -399,9 +399,9 @@ def test_the_embedded_encoder_is_found_without_importing_its_package(monkeypatch
 def test_a_converted_model_in_the_making_is_never_seen_half_written(tmp_path, monkeypatch):
     source = tiny(LlamaConfig(**WIDTHS, num_hidden_layers=1))
     kept = tmp_path / "kept"
-    embedded._keep(source.model, source.tokenizer, kept)
+    gguf._keep(source.model, source.tokenizer, kept)
     before = sorted(path.name for path in kept.iterdir())
-    embedded._keep(source.model, source.tokenizer, kept)
+    gguf._keep(source.model, source.tokenizer, kept)
     assert sorted(path.name for path in kept.iterdir()) == before
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
     shutil.rmtree(kept)

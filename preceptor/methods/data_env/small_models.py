@@ -11,20 +11,22 @@ import string
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from preceptor.data.sequences import Batch
 from preceptor.errors import UserError
 from preceptor.knowledge import Head
 from preceptor.models.language_model import LanguageModel, project
 from preceptor.models.loading import load
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 T = TypeVar("T")
 
@@ -131,6 +133,8 @@ def cut_patches(image: Any) -> Tensor:
 
 def small_student(*, seed: int, sees: bool = False) -> LanguageModel | ImagePrefixModel:
     """A fresh character-level transformer, some 0.3 million parameters; with ``sees``, one that reads images."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = _characters()
@@ -175,6 +179,8 @@ def load_task_model(folder: Path) -> LanguageModel | ImagePrefixModel:
 
 def _characters() -> PreTrainedTokenizerFast:
     """A tokenizer with a token a character; one that it does not know becomes a question mark."""
+    from transformers import PreTrainedTokenizerFast
+
     vocabulary = {character: place for place, character in enumerate(["<pad>", "<end>", *CHARACTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")

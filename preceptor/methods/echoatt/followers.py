@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 
 from preceptor.errors import UserError
 from preceptor.methods.echoatt.similarity import Similarity
-from preceptor.models.shared_attention.config import leaders_of
 
 FORMS = (
     "similar=12 (so many, by similarity), gap=4 (groups of 4 in the region that the largest gap shows), blocks=4 or "
@@ -24,7 +23,7 @@ Windows = Sequence[int | None]
 
 
 def check_spec(spec: str) -> re.Match[str]:
-    """Raise a UserError where a setting has none of the forms in `FORMS`; what it says, where it has one."""
+    """Raise a UserError where a setting has none of the forms in `FORMS`; else its form and its number."""
     match = re.fullmatch(r"(similar|gap|blocks)=(\d+)(?:,skip=(\d+))?|\d+(,\d+)*", spec.replace(" ", ""))
     if match is None or (match[3] and match[1] != "blocks"):
         raise UserError(f'"{spec}" does not say which layers share: give {FORMS}.')
@@ -122,5 +121,7 @@ def most_similar(similarity: Similarity, count: int, windows: Windows) -> list[i
 
 def block_ends(followers: list[int]) -> tuple[int, ...]:
     """The last layer of each group of layers that share a matrix."""
+    from preceptor.models.shared_attention.config import leaders_of
+
     leaders = leaders_of(followers)
     return tuple(sorted({leader: layer for layer, leader in sorted(leaders.items())}.values()))

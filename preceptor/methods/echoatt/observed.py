@@ -27,8 +27,8 @@ class Observed(nn.Module):
         ``hidden``: last hidden states (B, T, width). ``inner``: the outputs of the chosen layers, of the same shape;
         that of the model's last layer is taken after the final norm, as transformers hands it out.
         """
-        told = self.model.causal.base_model(
+        outputs = self.model.causal.base_model(
             input_ids=batch.input_ids, use_cache=False, output_hidden_states=bool(self.layers)
         )
-        inner = [told.hidden_states[layer + 1] for layer in self.layers]
-        return objective(told.last_hidden_state, self.model.head, inner)
+        inner = [outputs.hidden_states[layer + 1] for layer in self.layers]
+        return objective(outputs.last_hidden_state, self.model.head, inner)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from preceptor.files import write_whole
 from preceptor.methods.echoatt.similarity import Similarity
-from preceptor.models.shared_attention.config import leaders_of
 
 INK = "#333333"
 
@@ -20,6 +19,8 @@ def draw_similarity(folder: Path, similarity: Similarity, followers: Sequence[in
         similarity: what was measured.
         followers: the layers that share, each marked at the layer that it copies from.
     """
+    from preceptor.models.shared_attention.config import leaders_of
+
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:

@@ -5,8 +5,8 @@ Paper: EchoAtt: Attend, Copy, then Adjust for More Efficient Large Language Mode
 Reproduction: holds over 3 seeds; with 23 of 30 layers sharing, distillation is ahead after 64 steps, not after 16
 Command: ``preceptor run echoatt --teacher smollm2 --followers similar=12``
 
-The attention matrices of inner layers are alike (`sharing.similarity`). The student is the teacher without the queries
-and keys of the followers; each reuses the matrix of the nearest layer below that computes one (`sharing.model`):
+The attention matrices of inner layers are alike (``similarity.py``). The student is the teacher without the queries
+and keys of the followers; each reuses the matrix of the nearest layer below that computes one:
 
     A = softmax(Q Kᵀ/√d) of the leader,     output of each layer j of its group: A V_j
 
@@ -22,7 +22,7 @@ Decided here, where the source is silent or not clear:
 * The paper ranks layers by similarity and lists the followers. ``similar=N`` takes the N followers whose similarities
   to the layers they copy from have the largest sum, found exactly; ``gap=k`` is the paper's cut at the largest gap.
 * L_I is a mean over a token's elements, and over tokens as the other terms are, without the first token of a text: its
-  hidden states are outliers that hold attention and say nothing, and their distance would be all of the loss. The
+  hidden states are outliers that hold attention and carry no content, and their distance would be all of the loss. The
   output of the model's last layer is compared after the final norm.
 * The paper prints L_S with the student first; ``direction`` turns it, and both directions of the held-out text are
   logged.
@@ -31,49 +31,42 @@ Decided here, where the source is silent or not clear:
 * The followers' query and key norms and biases are left out too. The teacher's attention matrices are not a target.
 * Text is read in pieces of equal length without padding, so no term counts a padded token.
 
-The two stages are in ``teach``; the losses of stage 1 in ``distil``.
+The two stages are in ``teach``; their losses in ``stage_one_loss`` and ``stage_two_loss``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence as Listed
+from collections.abc import Sequence as Listed
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from preceptor.catalogue import repeat
 from preceptor.data.sequences import Batch, Sequence, collate
 from preceptor.engine import distribution
 from preceptor.engine.run import Run
 from preceptor.engine.run_folder import check_folder
 from preceptor.engine.settings import Training
 from preceptor.errors import UserError
-from preceptor.evaluation.examine import examine
-from preceptor.evaluation.language import TAUGHT, UNTAUGHT
-from preceptor.knowledge import Head, HiddenTargets
+from preceptor.knowledge import Head
 from preceptor.losses import Loss
 from preceptor.losses.divergences import divergence
+from preceptor.methods.echoatt.examination import examine_student, held_out
 from preceptor.methods.echoatt.followers import block_ends, check_spec, choose_followers
+from preceptor.methods.echoatt.layer_teacher import LayerTargets, Original, TeacherOfLayers
 from preceptor.methods.echoatt.observed import Observed
 from preceptor.methods.echoatt.passages import Passages, read_passages
-from preceptor.methods.echoatt.pictures import draw_similarity
 from preceptor.methods.echoatt.similarity import Similarity, measure_similarity
 from preceptor.models.identity import tokenizer_hash
-from preceptor.models.language_model import LanguageModel, in_evaluation, project
+from preceptor.models.language_model import LanguageModel
 from preceptor.models.loading import load
-from preceptor.models.shared_attention.config import check_architecture, windows_of
-from preceptor.models.shared_attention.model import removed
 from preceptor.models.student import sharing
 from preceptor.report.table import Table
 
 REQUIRES = "text"
-
-
-CHUNK_BYTES = 64 << 20  # of logits that are held while the teacher's likeliest tokens are found
 
 
 TRAINING = Training(steps=200, batch_size=4, learning_rate=2e-4, schedule="constant", warmup=0.05, precision="bf16")
@@ -152,60 +145,24 @@ paper = Config(
 )
 
 
-class LayerTargets(NamedTuple):
-    """What the teacher says of a batch: soft targets, its likeliest tokens (-100 elsewhere), outputs of layers."""
-
-    soft: HiddenTargets
-    likeliest: Tensor
-    inner: list[Tensor]
-
-
-class TeacherOfLayers(Protocol):
-    """Whoever says it: the teacher itself, or a memory of what it said."""
-
-    def __call__(self, batch: Batch) -> LayerTargets:
-        """What the teacher says of a batch."""
-        ...
-
-
-class Original:
-    """The model that the student was made of, frozen: it says what leaves the last layer of each group too."""
-
-    def __init__(self, model: LanguageModel, ends: tuple[int, ...]) -> None:
-        self.model = Observed(model.eval().requires_grad_(False), ends)
-
-    @torch.no_grad()
-    def __call__(self, batch: Batch) -> LayerTargets:
-        """Hidden states and head; no logits are kept."""
-        return self.model(batch, lambda hidden, head, inner: _said(batch, hidden, head, inner))
-
-
-def _said(batch: Batch, hidden: Tensor, head: Head, inner: list[Tensor]) -> LayerTargets:
-    likeliest = torch.full_like(batch.labels, -100)
-    rows = hidden[batch.predicts]
-    step = max(1, CHUNK_BYTES // (4 * head.weight.shape[0]))
-    likeliest[batch.predicts] = torch.cat([project(part, head).argmax(-1) for part in torch.split(rows, step)])
-    return LayerTargets(HiddenTargets(hidden, head), likeliest, inner)
-
-
-def distil(
-    hidden: Tensor, head: Head, inner: list[Tensor], *, batch: Batch, said: LayerTargets, config: Config
+def stage_one_loss(
+    hidden: Tensor, head: Head, inner: list[Tensor], *, batch: Batch, targets: LayerTargets, config: Config
 ) -> Loss:
     """Stage 1: α L_I + β L_S + γ L_H, summed over the tokens that predict another."""
     kind: Literal["reverse_kl", "forward_kl"] = "reverse_kl" if config.direction == "student_first" else "forward_kl"
     loss = divergence(
         hidden,
         head,
-        said.soft,
+        targets.soft,
         kind=kind,
         mask=batch.predicts,
-        labels=said.likeliest,
+        labels=targets.likeliest,
         weight=config.soft_weight,
         label_weight=config.hard_weight,
     )
     tokens = batch.predicts.clone()
     tokens[:, 0] = False
-    apart = inner_distance(inner, said.inner, tokens)
+    apart = inner_distance(inner, targets.inner, tokens)
     parts = {
         "L_I": apart.detach(),
         "L_S": loss.parts["divergence"],
@@ -231,13 +188,13 @@ def inner_distance(ours: list[Tensor], theirs: list[Tensor], tokens: Tensor) -> 
     return torch.stack(apart).mean()
 
 
-def go_on(hidden: Tensor, head: Head, inner: list[Tensor], *, batch: Batch) -> Loss:
+def stage_two_loss(hidden: Tensor, head: Head, inner: list[Tensor], *, batch: Batch) -> Loss:
     """Stage 2: cross-entropy to the text's own next tokens."""
     return divergence(hidden, head, None, mask=batch.predicts, labels=batch.labels, weight=0.0, label_weight=1.0)
 
 
 def teach(
-    run: Run, said: TeacherOfLayers, train: Listed[Sequence], exam: list[Sequence], pad_id: int, config: Config
+    run: Run, teacher: TeacherOfLayers, train: Listed[Sequence], exam: list[Sequence], pad_id: int, config: Config
 ) -> None:
     """The loop: stage 1 until ``continued`` of the steps are left, then stage 2."""
     batches = partial(collate, pad_id=pad_id)
@@ -245,35 +202,13 @@ def teach(
         first_stage = run.step < round(run.total * (1 - config.continued))
         for batch in run.split(examples, batches):
             if first_stage:
-                loss = run.student(batch, partial(distil, batch=batch, said=said(batch), config=config))
+                loss = run.student(batch, partial(stage_one_loss, batch=batch, targets=teacher(batch), config=config))
             else:
-                loss = run.student(batch, partial(go_on, batch=batch))
+                loss = run.student(batch, partial(stage_two_loss, batch=batch))
             run.update(loss.sum, loss.count, loss.parts)
         if run.evaluate_due:
-            run.log(**held_out(run, said, exam, batches, config))
+            run.log(**held_out(run, teacher, exam, batches, config))
     run.finish()
-
-
-@torch.no_grad()
-def held_out(
-    run: Run, said: TeacherOfLayers, exam: list[Sequence], batches: Callable[[list[Sequence]], Batch], config: Config
-) -> dict[str, float]:
-    """Means over the tokens of the held-out text: both directions of L_S, and the cross-entropy to the text."""
-    totals, count = dict.fromkeys(("held_out_kl_teacher_first", "held_out_kl_student_first", "held_out_loss"), 0.0), 0
-    with in_evaluation(run.student):
-        for start in range(0, len(exam), config.training.batch_size):
-            batch = batches(exam[start : start + config.training.batch_size]).to(run.device)
-            forward, reverse = run.student(batch, partial(_both, batch=batch, soft=said(batch).soft))
-            totals["held_out_kl_teacher_first"] += float(forward.parts["divergence"])
-            totals["held_out_kl_student_first"] += float(reverse.parts["divergence"])
-            totals["held_out_loss"] += float(forward.parts["cross_entropy"])
-            count += int(forward.count)
-    return {name: total / count for name, total in totals.items()}
-
-
-def _both(hidden: Tensor, head: Head, inner: list[Tensor], *, batch: Batch, soft: HiddenTargets) -> tuple[Loss, Loss]:
-    forward = divergence(hidden, head, soft, kind="forward_kl", mask=batch.predicts, labels=batch.labels)
-    return forward, divergence(hidden, head, soft, kind="reverse_kl", mask=batch.predicts)
 
 
 def compare_layers(config: Config, teacher: LanguageModel, texts: Listed[Sequence]) -> Similarity:
@@ -290,6 +225,8 @@ def main(config: Config) -> Table | None:
     Raises:
         UserError: the architecture or the followers do not fit, the folder holds another run, or the text is short.
     """
+    from preceptor.models.shared_attention.config import check_architecture, windows_of
+
     folder, kept = Path(config.output), Path(config.output) / "similarity.json"
     check_folder(folder, config, resume=config.resume)
     teacher = load(config.teacher)
@@ -307,10 +244,10 @@ def main(config: Config) -> Table | None:
     run = start(config, student, ends, teacher)
     if run.is_main:
         similarity.write(kept)
-    said = Original(teacher.to(getattr(torch, config.teacher_dtype)), ends)
+    original = Original(teacher.to(getattr(torch, config.teacher_dtype)), ends)
     run.shard(teacher)
-    teach(run, said, train, exam, student.pad_id, config)
-    return _examine(config, student.eval(), followers, exam, similarity) if run.is_main else None
+    teach(run, original, train, exam, student.pad_id, config)
+    return examine_student(config, student.eval(), followers, exam, similarity) if run.is_main else None
 
 
 def start(config: Config, student: LanguageModel, ends: tuple[int, ...], teacher: LanguageModel) -> Run:
@@ -327,35 +264,3 @@ def start(config: Config, student: LanguageModel, ends: tuple[int, ...], teacher
             "tokenizer": tokenizer_hash(teacher.tokenizer),
         },
     )
-
-
-def _examine(
-    config: Config, taught: LanguageModel, followers: list[int], exam: list[Sequence], similarity: Similarity
-) -> Table:
-    """Write the student, and evaluate it in float32 beside the teacher and itself before it was taught."""
-    folder, teacher = Path(config.output), load(config.teacher)
-    parts = removed(teacher.causal, followers)
-    card = {
-        "teacher": config.teacher,
-        "method": "echoatt",
-        "followers": ", ".join(map(str, followers)),
-        "removed": f"{sum(size for _, size in parts):,} parameters: {_kinds(parts)} of the followers",
-    }
-    taught.save(folder / "student", card=card)
-    draw_similarity(folder / "pictures", similarity, followers)
-    table = examine(
-        folder,
-        teacher,
-        {UNTAUGHT: sharing(teacher, followers).eval(), TAUGHT: taught},
-        exam,
-        questions=[],
-        title=f"{config.teacher} with {len(followers)} layers that share attention",
-        command=repeat("echoatt", folder),
-        answer_length=32,
-    )
-    print(f"The student: {folder / 'student'}")
-    return table
-
-
-def _kinds(parts: list[tuple[str, int]]) -> str:
-    return ", ".join(dict.fromkeys(name.rpartition(".")[2] for name, _ in parts)) or "nothing"

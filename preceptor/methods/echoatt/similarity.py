@@ -16,18 +16,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.progress import track
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from preceptor.errors import UserError
 from preceptor.files import write_whole
-from preceptor.models.shared_attention.attention import scored
-from preceptor.models.shared_attention.blocks import Geometry, block
-from preceptor.models.shared_attention.config import check_architecture, window_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ROWS = 32
 
@@ -71,6 +70,8 @@ def measure_similarity(model: PreTrainedModel, texts: Sequence[Sequence[int]], *
     Raises:
         UserError: no text is long enough, or the architecture is not supported.
     """
+    from preceptor.models.shared_attention.config import check_architecture
+
     check_architecture(model.config.model_type)
     if length < 1:
         raise UserError(f"The calibration texts are to have {length} tokens: give at least 1.")
@@ -97,6 +98,9 @@ def measure_similarity(model: PreTrainedModel, texts: Sequence[Sequence[int]], *
 
 def _gram(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Inner products (layers + 1)², float64, of the attention matrices on one text, the even one last."""
+    from preceptor.models.shared_attention.blocks import Geometry, block
+    from preceptor.models.shared_attention.config import window_of
+
     config: Any = model.config
     with _entering(model) as entered:
         model.base_model(input_ids=ids, use_cache=False)
@@ -122,6 +126,8 @@ def _gram(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 def _grouped(attention: Any, hidden: Tensor, positions: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Scaled queries (1, groups, heads of a group, T, d) and keys (groups, d, T), in float32."""
+    from preceptor.models.shared_attention.attention import scored
+
     query, key = scored(attention, hidden, positions)
     grouped = (query.float() * attention.scaling).unflatten(1, (key.shape[1], -1))
     return grouped, key.float().flatten(0, 1).transpose(1, 2)

@@ -8,16 +8,18 @@ from __future__ import annotations
 import copy
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModel, PreTrainedModel
 
 from preceptor.errors import UserError
 from preceptor.files import write_whole
 from preceptor.models.loading import load, load_encoder
 from preceptor.models.model_folder import write_model
 from preceptor.models.student_spec import FreshSpec, parse_student
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _SIZES = {
     "layers": "num_hidden_layers",
@@ -97,6 +99,8 @@ def make_body(spec: str, like: PreTrainedModel, tokenizer: Any, *, dropout: floa
     Raises:
         UserError: the specification does not fit, or the named model has another tokenizer.
     """
+    from transformers import AutoModel
+
     fresh_spec = parse_student(spec)
     if not isinstance(fresh_spec, FreshSpec):
         model, own = load_body(spec)

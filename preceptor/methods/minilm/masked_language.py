@@ -6,16 +6,18 @@ The baseline against which distilled encoders are held.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from preceptor.data.sequences import Batch, Sequence, collate
 from preceptor.engine.run import Run
 from preceptor.errors import UserError
 from preceptor.losses import Loss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class MaskedLanguage(nn.Module):

@@ -40,10 +40,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
 
 from preceptor.data.sequences import Batch, Sequence, collate
 from preceptor.engine.run import Run
@@ -58,6 +57,9 @@ from preceptor.methods.minilm.texts import Texts, read_texts, split_texts
 from preceptor.models.identity import tokenizer_hash
 from preceptor.report import write_report
 from preceptor.report.table import Table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 REQUIRES = "text"
 

@@ -21,8 +21,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from preceptor.data.sequences import Batch, Sequence, collate
 from preceptor.distillation.teachers import Teacher
@@ -218,6 +216,9 @@ def differences(
 
 def can_be_cut(cache: Any, width: int) -> bool:
     """Whether a cache holds the keys and values of every position, and nothing else."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
     return isinstance(cache, DynamicCache) and all(
         type(layer) is DynamicLayer and layer.keys is not None and layer.keys.shape[-2] == width
         for layer in cache.layers

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence as Listed
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from preceptor.models.language_model import LanguageModel, gathered, in_evaluation
 from preceptor.models.sampling import Prefix, Sampling, Step, sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NAME = "preceptor_grouped"
 
@@ -29,6 +29,9 @@ HALF = (torch.bfloat16, torch.float16)
 @contextmanager
 def quick_decoding(model: PreTrainedModel) -> Iterator[None]:
     """Inside, the model attends by ``grouped`` where that is faster: half precision on a CPU, SDPA outside."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
     weights = next(model.parameters())
     if model.config._attn_implementation != "sdpa" or weights.device.type != "cpu" or weights.dtype not in HALF:
         yield
@@ -56,6 +59,8 @@ def grouped(
 
     More than one query a row, or settings that are no plain softmax, go to PyTorch's kernel.
     """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
     rows, heads, queries, width = query.shape
     groups, keys = key.shape[1], key.shape[2]
     odd = any(others.get(name) is not None for name in ("position_bias", "softcap", "cache"))

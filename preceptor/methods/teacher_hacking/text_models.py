@@ -13,7 +13,6 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from preceptor.data.sequences import Batch, Sequence
 from preceptor.distillation.teachers import FrozenTeacher
@@ -101,6 +100,8 @@ def symbol_model(vocabulary: int, *, longest: int, seed: int) -> LanguageModel:
     Its tokenizer maps the words ``s0``, ``s1``, ... to the ids 0, 1, ...; there is no end of sequence, so every answer
     has the length that is asked for. ``longest``: tokens of the longest sequence.
     """
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
     settings: Any = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=WIDTH,

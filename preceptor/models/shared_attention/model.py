@@ -180,7 +180,7 @@ class SharedAttentionForCausalLM(SharedAttentionPreTrainedModel, GenerationMixin
         """
         if output_attentions:
             raise UserError("A model with shared attention keeps no whole attention matrices: leave output_attentions.")
-        told = self.model(
+        outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -190,7 +190,7 @@ class SharedAttentionForCausalLM(SharedAttentionPreTrainedModel, GenerationMixin
             output_hidden_states=output_hidden_states,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(told.last_hidden_state[:, kept])
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
         cap = self.config.text_config.to_dict().get("final_logit_softcapping")
         if cap is not None:
             logits = torch.tanh(logits / cap) * cap
@@ -198,7 +198,7 @@ class SharedAttentionForCausalLM(SharedAttentionPreTrainedModel, GenerationMixin
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **settings)
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=told.past_key_values, hidden_states=told.hidden_states
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
 
 

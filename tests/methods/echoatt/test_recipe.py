@@ -14,17 +14,16 @@ from preceptor.errors import UserError
 from preceptor.evaluation.language import UNTAUGHT
 from preceptor.knowledge import HiddenTargets
 from preceptor.methods.echoatt.followers import block_ends
+from preceptor.methods.echoatt.layer_teacher import LayerTargets, Original
 from preceptor.methods.echoatt.observed import Observed
 from preceptor.methods.echoatt.passages import Passages, read_passages
 from preceptor.methods.echoatt.recipe import (
     Config,
-    LayerTargets,
-    Original,
-    distil,
-    go_on,
     inner_distance,
     main,
     paper,
+    stage_one_loss,
+    stage_two_loss,
     start,
     teach,
 )
@@ -63,9 +62,10 @@ def test_stage_one_against_a_slow_loop(tokenizer, direction):
     ends = block_ends(FOLLOWERS)
     assert ends == (2, 5)
     batch = collate(pieces(2, 7), 0)
-    said = Original(teacher, ends)(batch)
+    targets = Original(teacher, ends)(batch)
     loss = Observed(student, ends)(
-        batch, lambda hidden, head, inner: distil(hidden, head, inner, batch=batch, said=said, config=config)
+        batch,
+        lambda hidden, head, inner: stage_one_loss(hidden, head, inner, batch=batch, targets=targets, config=config),
     )
     with torch.no_grad():
         ours = student.causal(input_ids=batch.input_ids, output_hidden_states=True, use_cache=False)
@@ -91,9 +91,10 @@ def test_without_followers_only_the_teachers_own_doubt_is_left(tokenizer):
     teacher = teacher_of(tokenizer)
     student = LanguageModel(share(teacher.causal, []), tokenizer)
     batch = collate(pieces(2), 0)
-    said = Original(teacher, (1, 5))(batch)
+    targets = Original(teacher, (1, 5))(batch)
     loss = Observed(student, (1, 5))(
-        batch, lambda hidden, head, inner: distil(hidden, head, inner, batch=batch, said=said, config=Config())
+        batch,
+        lambda hidden, head, inner: stage_one_loss(hidden, head, inner, batch=batch, targets=targets, config=Config()),
     )
     assert float(loss.parts["L_I"]) == pytest.approx(0, abs=1e-8)
     assert float(loss.parts["L_S"]) == pytest.approx(0, abs=1e-4)
@@ -103,7 +104,7 @@ def test_without_followers_only_the_teachers_own_doubt_is_left(tokenizer):
 def test_stage_two_is_the_cross_entropy_to_the_text(tokenizer):
     student = student_of(teacher_of(tokenizer))
     batch = collate(pieces(2), 0)
-    loss = Observed(student, ())(batch, lambda hidden, head, inner: go_on(hidden, head, inner, batch=batch))
+    loss = Observed(student, ())(batch, lambda hidden, head, inner: stage_two_loss(hidden, head, inner, batch=batch))
     wanted = student.causal(input_ids=batch.input_ids, labels=batch.input_ids, use_cache=False).loss
     assert loss.sum.item() / int(loss.count) == pytest.approx(wanted.item(), rel=1e-5)
 
@@ -122,11 +123,11 @@ def test_the_inner_distance_is_a_mean_over_elements_and_groups():
 def test_the_teacher_is_asked_in_the_first_stage_only_and_never_changed(tokenizer, tmp_path):
     teacher, ends = teacher_of(tokenizer), block_ends(FOLLOWERS)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    student, asked, said = student_of(teacher), [], Original(teacher, ends)
+    student, asked, targets = student_of(teacher), [], Original(teacher, ends)
 
     def counted(batch) -> LayerTargets:
         asked.append(len(batch))
-        return said(batch)
+        return targets(batch)
 
     config = Config(continued=0.3, training=replace(TRAINING, steps=30), output=str(tmp_path / "run"))
     teach(start(config, student, ends, teacher), counted, pieces(8), pieces(4), 0, config)
@@ -143,14 +144,14 @@ def test_a_stopped_run_ends_as_one_that_was_not(tokenizer, tmp_path):
 
     def train(name, steps, resume=False):
         config = Config(training=replace(TRAINING, steps=10, save_every=3), output=str(tmp_path / name), resume=resume)
-        student, said = student_of(teacher), Original(teacher, ends)
+        student, targets = student_of(teacher), Original(teacher, ends)
         run, answered = start(config, student, ends, teacher), []
 
         def limited(batch):
             answered.append(batch)
             if len(answered) > steps:
                 raise KeyboardInterrupt
-            return said(batch)
+            return targets(batch)
 
         teach(run, limited, pieces(16), pieces(4), 0, config)
         return student
@@ -167,12 +168,12 @@ def test_a_memory_says_what_the_teacher_says(tokenizer):
     teacher, texts = teacher_of(tokenizer), pieces(6)
     memory = MemoisedLayers(teacher, texts, (1, 2, 5))
     batch = collate([texts[4], texts[1]], 0)
-    said, wanted = memory.of((2, 5))(batch), Original(teacher, (2, 5))(batch)
-    assert isinstance(said.soft, HiddenTargets)
-    torch.testing.assert_close(said.soft.hidden, wanted.soft.hidden)
-    assert torch.equal(said.likeliest, wanted.likeliest)
-    assert all((said.likeliest[:, -1] == -100).tolist())
-    for mine, other in zip(said.inner, wanted.inner):
+    targets, wanted = memory.of((2, 5))(batch), Original(teacher, (2, 5))(batch)
+    assert isinstance(targets.soft, HiddenTargets)
+    torch.testing.assert_close(targets.soft.hidden, wanted.soft.hidden)
+    assert torch.equal(targets.likeliest, wanted.likeliest)
+    assert all((targets.likeliest[:, -1] == -100).tolist())
+    for mine, other in zip(targets.inner, wanted.inner):
         torch.testing.assert_close(mine, other)
 
 
