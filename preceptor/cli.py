@@ -1,4 +1,4 @@
-"""The command ``preceptor``: list, show, run, reproduce, chat, cache, evaluate, report, doctor.
+"""The command ``preceptor``: list, show, run, reproduce, new, chat, cache, evaluate, report, doctor.
 
 A recipe or a command's module is imported only when it runs, so that ``--help`` and ``list`` need no torch.
 """
@@ -18,12 +18,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from preceptor.catalogue import find_method
+from preceptor.catalogue import Method, find_method, find_methods, find_methods_at
+from preceptor.commands.method_modules import load_module
 from preceptor.commands.screens import print_help, print_method, print_methods
 from preceptor.errors import UserError
 from preceptor.extras import missing_packages
 
 MODULES = {
+    "new": ("preceptor.commands.new", ""),
     "chat": ("preceptor.commands.chat", "people"),
     "cache": ("preceptor.commands.cache", "text"),
     "evaluate": ("preceptor.commands.evaluate", "text"),
@@ -54,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit status.
 
     0: done; 1: a claim of a reproduction does not hold, or the doctor found that something does not fit; 2: a mismatch
-    that the user can mend, said in one sentence on stderr; 130: interrupted.
+    that the user can mend, reported in one sentence on stderr; 130: interrupted.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
@@ -85,13 +87,15 @@ def _dispatch(words: list[str]) -> int:
     elif command in {"-V", "--version"}:
         print(import_module("preceptor").__version__)
     elif command == "list":
-        print_methods(markdown=_flag(rest, "--markdown", command))
+        places, markdown = _places(rest)
+        methods = [method for place in places for method in find_methods_at(Path(place))] or find_methods()
+        print_methods(methods, markdown=markdown)
     elif command == "show":
         print_method(find_method(_name(rest, command)))
     elif command == "run":
-        return _run(_name(rest, command), rest[1:])
+        return _run(find_method(_name(rest, command)), rest[1:])
     elif command == "reproduce":
-        return _reproduce(_name(rest, command), rest[1:])
+        return _reproduce(find_method(_name(rest, command)), rest[1:])
     elif command in MODULES:
         module = import_module(MODULES[command][0])
         return int(module.main(_parse(module.Config, rest, f"preceptor {command}", module.__doc__)) or 0)
@@ -100,15 +104,15 @@ def _dispatch(words: list[str]) -> int:
     return 0
 
 
-def _run(name: str, words: list[str]) -> int:
-    recipe = _load(name)
-    default, words = _preset(recipe, words)
-    config = _parse(recipe.Config, words, f"preceptor run {name}", recipe.__doc__, default)
+def _run(method: Method, words: list[str]) -> int:
+    recipe = load_module(method, "recipe")
+    default, words = _preset(method, recipe, words)
+    config = _parse(recipe.Config, words, f"preceptor run {method.address}", recipe.__doc__, default)
     recipe.main(config)
     return 0
 
 
-def _preset(recipe: ModuleType, words: list[str]) -> tuple[Any, list[str]]:
+def _preset(method: Method, recipe: ModuleType, words: list[str]) -> tuple[Any, list[str]]:
     """The settings that ``--tiny``, ``--paper`` or ``--config F`` starts from, and the words that are left."""
     chosen = [word for word in words if word in {"--tiny", "--paper"}]
     words = [word for word in words if word not in chosen]
@@ -124,21 +128,23 @@ def _preset(recipe: ModuleType, words: list[str]) -> tuple[Any, list[str]]:
         return None, words
     preset = chosen[0].removeprefix("--")
     if preset not in vars(recipe):
-        raise UserError(f"{recipe.__name__.split('.')[-2]} has no settings '{preset}': leave --{preset} out.")
+        raise UserError(f"{method.name} has no settings '{preset}': leave --{preset} out.")
     return vars(recipe)[preset], words
 
 
-def _reproduce(name: str, words: list[str]) -> int:
-    method = find_method(name).name
-    settings = _parse(
-        Reproduction, words, f"preceptor reproduce {name}", f"Reproduce {name}'s claim over several seeds."
-    )
+def _reproduce(method: Method, words: list[str]) -> int:
+    about = f"Reproduce {method.name}'s claim over several seeds."
+    settings = _parse(Reproduction, words, f"preceptor reproduce {method.address}", about)
     if settings.seeds < 1:
         raise UserError(f"--seeds is {settings.seeds}: give at least 1, and 3 for a claim.")
-    experiment = import_module(f"preceptor.methods.{method}.reproduction")
-    folder = Path(settings.output or f"runs/{method}/reproduction")
+    experiment = load_module(method, "reproduction")
+    if not hasattr(experiment, "reproduce"):
+        raise UserError(f"{experiment.__file__} has no function reproduce(seeds, folder, full): write it.")
+    folder = Path(settings.output or f"runs/{method.name}/reproduction")
     folder.mkdir(parents=True, exist_ok=True)
     table = experiment.reproduce(settings.seeds, folder, settings.full)
+    environment = {"method": method.address, "seeds": settings.seeds, "full": settings.full}
+    _write(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
     _write(folder / "table.json", json.dumps(table.json(), indent=2, ensure_ascii=False) + "\n")
     _write(folder / "table.md", table.markdown() + "\n")
     table.print()
@@ -147,21 +153,17 @@ def _reproduce(name: str, words: list[str]) -> int:
     return 0 if table.holds else 1
 
 
-def _load(name: str) -> ModuleType:
-    return import_module(f"preceptor.methods.{find_method(name).name}.recipe")
-
-
 def _parse(kind: type, words: list[str], program: str, description: str | None, default: Any = None) -> Any:
     import tyro
 
-    told = (description or "").strip().partition("\n")[0]
+    summary = (description or "").strip().partition("\n")[0]
     start = tyro.MISSING_NONPROP if default is None else default
     complaint = StringIO()
     try:
         with redirect_stderr(complaint):
-            return tyro.cli(kind, args=words, prog=program, description=told, default=start)
+            return tyro.cli(kind, args=words, prog=program, description=summary, default=start)
     except SystemExit as stop:
-        # A setting that its dataclass refuses is said in our one sentence, not in tyro's frame around it.
+        # A setting that its dataclass refuses is reported in one sentence, without tyro's frame around it.
         cause = stop.__context__
         while cause is not None and not isinstance(cause, UserError):
             cause = cause.__context__
@@ -180,14 +182,16 @@ def _name(words: list[str], command: str) -> str:
     return words[0]
 
 
-def _flag(words: list[str], flag: str, command: str) -> bool:
+def _places(words: list[str]) -> tuple[list[str], bool]:
+    """The paths that ``list`` was given, and whether it shall print Markdown."""
     if words and words[0] in {"-h", "--help"}:
-        print_help(command)
+        print_help("list")
         raise SystemExit(0)
-    unknown = [word for word in words if word != flag]
+    places = [word for word in words if not word.startswith("-")]
+    unknown = [word for word in words if word not in {*places, "--markdown"}]
     if unknown:
-        raise UserError(f"'preceptor {command}' does not take '{unknown[0]}': it takes {flag}.")
-    return flag in words
+        raise UserError(f"'preceptor list' does not take '{unknown[0]}': it takes --markdown, and paths.")
+    return places, "--markdown" in words
 
 
 def _nearest(command: str) -> str:
@@ -204,8 +208,10 @@ def _missing(words: list[str], module: str) -> str:
     recipe = find_method(name) if command in {"run", "reproduce"} else None
     extra = recipe.requires if recipe else MODULES[command][1] if command in MODULES else "all"
     needs = recipe.name if recipe else f"preceptor {command}"
-    lacking = missing_packages(extra) or [module]
-    return f'{needs} needs {", ".join(lacking)}, not installed here: pip install "preceptor[{extra}]"'
+    lacking = missing_packages(extra)
+    if recipe is not None and not recipe.built_in and not lacking:
+        return f"{recipe.address} imports {module}, not installed here: install it, or correct the import."
+    return f'{needs} needs {", ".join(lacking or [module])}, not installed here: pip install "preceptor[{extra}]"'
 
 
 def _go_on(words: list[str]) -> str:

@@ -14,7 +14,7 @@ from preceptor.engine.config_file import read_config
 from preceptor.errors import UserError
 from preceptor.extras import missing_packages
 
-RECIPE = '''"""Echo: says again what it is told.
+RECIPE = '''"""Echo: repeats what it is given.
 
 Paper: On Saying It Again (Echo, 2026), https://example.org/echo; and its
 sequel, https://example.org/again.
@@ -37,7 +37,7 @@ class Part:
 @dataclass(frozen=True)
 class Config:
     word: str = "hello"
-    """What is said."""
+    """What is repeated."""
     part: Part = field(default_factory=Part)
     """A part."""
     output: str = "runs/echo"
@@ -48,7 +48,7 @@ tiny = Config(word="hi")
 
 
 def main(config):
-    print("said", config.word, config.part.size)
+    print("echo", config.word, config.part.size)
 '''
 
 
@@ -68,7 +68,7 @@ def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         function = getattr(sys.modules["preceptor.catalogue"], name)
         monkeypatch.setattr(function, "__defaults__", (folder,))
     yield folder
-    for name in ("preceptor.methods.echo.recipe", "preceptor.methods.echo"):
+    for name in ("preceptor.methods.echo.recipe", "preceptor.methods.echo.reproduction", "preceptor.methods.echo"):
         sys.modules.pop(name, None)
 
 
@@ -85,10 +85,10 @@ def test_light_commands_import_no_torch(words: list[str]) -> None:
 
 
 def test_help_names_every_command() -> None:
-    told = run("--help")
-    assert told.returncode == 0
-    for command in ("list", "show", "run", "reproduce", "chat", "cache", "evaluate", "report", "doctor"):
-        assert command in told.stdout
+    shown = run("--help")
+    assert shown.returncode == 0
+    for command in ("list", "show", "run", "reproduce", "new", "chat", "cache", "evaluate", "report", "doctor"):
+        assert command in shown.stdout
 
 
 def test_list_shows_every_method_without_importing_one(
@@ -121,7 +121,7 @@ def test_show_prints_docstring_and_settings(recipes: Path, capsys: pytest.Captur
 def test_a_recipe_is_read_from_its_source(recipes: Path) -> None:
     method = read_method(recipes / "echo" / "recipe.py")
     assert (method.name, method.title, method.requires) == ("echo", "Echo", "text")
-    assert method.summary == "says again what it is told."
+    assert method.summary == "repeats what it is given."
     assert method.paper == "On Saying It Again (Echo, 2026)"
     assert method.link == "https://example.org/echo"
     assert method.reproduction == "holds in part (one of two arms)"
@@ -135,7 +135,7 @@ def test_run_takes_fields_presets_and_a_config(recipes: Path, capsys: pytest.Cap
     assert cli.main(["run", "echo", "--tiny"]) == 0
     Path("config.json").write_text('{"word": "from a file", "part": {"size": 9}}', encoding="utf-8")
     assert cli.main(["run", "echo", "--config", "config.json", "--part.size", "7"]) == 0
-    assert capsys.readouterr().out.splitlines() == ["said yes 5", "said hi 3", "said from a file 7"]
+    assert capsys.readouterr().out.splitlines() == ["echo yes 5", "echo hi 3", "echo from a file 7"]
 
 
 @pytest.mark.parametrize(
@@ -151,16 +151,17 @@ def test_run_takes_fields_presets_and_a_config(recipes: Path, capsys: pytest.Cap
         (["run", "echo", "--config", "absent.json"], "no file absent.json"),
         (["list", "--all"], "does not take '--all'"),
         (["reproduce", "echo", "--seeds", "0"], "--seeds is 0"),
+        (["reproduce", "echo"], "echo has no reproduction"),
     ],
 )
 def test_mistakes_give_one_sentence_and_status_2(
     recipes: Path, capsys: pytest.CaptureFixture[str], words: list[str], sentence: str
 ) -> None:
     assert cli.main(words) == 2
-    told = capsys.readouterr().err
-    assert sentence in told
-    assert told.count("\n") == 1
-    assert "Traceback" not in told
+    printed = capsys.readouterr().err
+    assert sentence in printed
+    assert printed.count("\n") == 1
+    assert "Traceback" not in printed
 
 
 def test_debug_shows_the_traceback() -> None:
@@ -187,7 +188,7 @@ def test_unknown_field_exits_with_2(recipes: Path) -> None:
         ("raise OSError(28, 'No space left on device', 'student.safetensors')", "student.safetensors"),
     ],
 )
-def test_what_ends_a_run_is_told(
+def test_what_ends_a_run_is_reported(
     recipes: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, line: str, sentence: str
 ) -> None:
     monkeypatch.setattr(cli, "missing_packages", lambda extra: None)
@@ -215,18 +216,27 @@ def test_missing_packages_are_read_from_the_metadata(monkeypatch: pytest.MonkeyP
     assert missing_packages("report") == []
 
 
-@dataclass
-class FakeTable:
-    holds: bool
+REPRODUCTION = """
+import json
 
-    def json(self) -> dict[str, bool]:
+
+class Table:
+    def __init__(self, holds):
+        self.holds = holds
+
+    def json(self):
         return {"holds": self.holds}
 
-    def markdown(self) -> str:
+    def markdown(self):
         return "| a |"
 
-    def print(self) -> None:
+    def print(self):
         print("the table")
+
+
+def reproduce(seeds, folder, full):
+    return Table(HOLDS and seeds == 2 and not full)
+"""
 
 
 @pytest.mark.parametrize("holds", [True, False])
@@ -236,11 +246,11 @@ def test_reproduce_writes_the_table_and_fails_with_the_claim(
     page = ModuleType("preceptor.report")
     page.write_report = lambda folder: folder / "report.html"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "preceptor.report", page)
-    experiment = ModuleType("preceptor.methods.echo.reproduction")
-    experiment.reproduce = lambda seeds, folder, full: FakeTable(holds and seeds == 2 and not full)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "preceptor.methods.echo.reproduction", experiment)
+    text = REPRODUCTION.replace("HOLDS", str(holds))
+    (recipes / "echo" / "reproduction.py").write_text(text, encoding="utf-8")
     assert cli.main(["reproduce", "echo", "--seeds", "2", "--output", "out"]) == (0 if holds else 1)
     assert json.loads(Path("out/table.json").read_text()) == {"holds": holds}
+    assert json.loads(Path("out/environment.json").read_text()) == {"method": "echo", "seeds": 2, "full": False}
     assert Path("out/table.md").read_text() == "| a |\n"
 
 

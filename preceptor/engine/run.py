@@ -134,7 +134,7 @@ class Run:
         self._bar = Bar(shown=self.is_main)
         self._metrics: Metrics | None = None
         if self.is_main:
-            write_environment(self.folder, self.device, training.seed, provenance or {})
+            write_environment(self.folder, config, self.device, training.seed, provenance or {})
             self._metrics = Metrics(self.folder / "metrics.jsonl", length=length)
         if training.trackers:
             self.accelerator.init_trackers("preceptor", config=distribution.flat(training))

@@ -1,4 +1,4 @@
-"""A run's folder: its settings in config.json, where it ran in environment.json; one folder holds one run."""
+"""A run's folder: its settings in config.json, its method and machine in environment.json; one folder holds one run."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import json
 import platform
 import subprocess
+import sys
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 
+from preceptor.catalogue import address_of, name_of
 from preceptor.errors import UserError
 from preceptor.files import writable, write_whole
 
@@ -43,6 +45,7 @@ def open_folder(folder: Path, config: Any, *, resume: bool) -> None:
     with writable(folder, "a run"):
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, text)
+        write_whole(folder / "environment.json", json.dumps({"method": method_of(config)}) + "\n")
 
 
 def check_folder(folder: Path, config: Any, *, resume: bool) -> None:
@@ -58,6 +61,7 @@ def check_folder(folder: Path, config: Any, *, resume: bool) -> None:
         there = path.exists()
     if there:
         _same_run(folder, json.loads(resolved(config)), path, resume=resume)
+        _same_method(folder, config)
 
 
 def resolved(config: Any) -> str:
@@ -65,10 +69,23 @@ def resolved(config: Any) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"
 
 
-def write_environment(folder: Path, device: torch.device, seed: int, provenance: Mapping[str, str]) -> None:
-    """Writes environment.json: versions, device, threads, commit, seed, and the hashes that the recipe knows."""
+def method_of(config: Any) -> str | None:
+    """The address (``gkd``, ``./mine``) of the method whose recipe defines the class of ``config``, or None."""
+    module = type(config).__module__
+    if module.startswith("preceptor.methods."):
+        return module.split(".")[2]
+    recipe = sys.modules.get(f"{module.split('.')[0]}.recipe") or sys.modules.get(module)
+    file = getattr(recipe, "__file__", None)
+    return address_of(Path(file)) if file and hasattr(recipe, "Config") and hasattr(recipe, "main") else None
+
+
+def write_environment(
+    folder: Path, config: Any, device: torch.device, seed: int, provenance: Mapping[str, str]
+) -> None:
+    """Writes environment.json: method, versions, device, threads, commit, seed, and the hashes that a recipe knows."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     environment = {
+        "method": method_of(config),
         "python": platform.python_version(),
         "system": platform.platform(),
         "packages": {package: _version(package) for package in ("preceptor", *_PACKAGES)},
@@ -96,6 +113,16 @@ def _same_run(folder: Path, config: dict[str, Any], path: Path, *, resume: bool)
         raise UserError(
             f"{folder} holds another run ({different}): resume it with its own settings, or choose another folder."
         )
+
+
+def _same_method(folder: Path, config: Any) -> None:
+    try:
+        there = json.loads((folder / "environment.json").read_text(encoding="utf-8"))["method"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # an older run, or one that was stopped before it wrote down its method
+    here = method_of(config)
+    if there and here and name_of(there) != name_of(here):
+        raise UserError(f"{folder} holds a run of {name_of(there)}, not of {name_of(here)}: choose another folder.")
 
 
 def _difference(there: Any, here: Any, name: str = "") -> str | None:

@@ -35,7 +35,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Contents:
-    """A run's folder. ``metrics``: a mapping a step; ``finished``: it has a result."""
+    """A run's folder. ``metrics``: a mapping a step; ``method``: its address for the command, or empty."""
 
     folder: Path
     config: dict[str, Any]
@@ -46,7 +46,7 @@ class Contents:
     command: str
     samples: list[Answers]
     pictures: list[Picture]
-    recipe: str
+    method: str
     written: datetime
 
     @property
@@ -91,18 +91,18 @@ def read_contents(folder: Path) -> Contents:
         raise UserError(f"{folder} holds no run: none of {', '.join(FILES)} is in it; give the folder of a run.")
     config, result = _mapping(folder / "config.json"), _mapping(folder / "result.json")
     written = datetime.fromtimestamp(max(path.stat().st_mtime for path in there), timezone.utc)
-    recipe = _recipe(folder, config, result)
+    environment = _mapping(folder / "environment.json")
     return Contents(
         folder=folder,
         config=config,
-        environment=_mapping(folder / "environment.json"),
+        environment=environment,
         metrics=_metrics(folder / "metrics.jsonl"),
         table=_table(folder, result),
         headline=str(result.get("headline") or ""),
         command=str(result.get("command") or ""),
         samples=_samples(folder / "samples.json"),
         pictures=_pictures(folder / "pictures"),
-        recipe=recipe,
+        method=_method(folder, environment),
         written=written,
     )
 
@@ -177,12 +177,12 @@ def _pictures(folder: Path) -> list[Picture]:
     return found
 
 
-def _recipe(folder: Path, config: Mapping[str, Any], result: Mapping[str, Any]) -> str:
-    """The recipe: as the files say, else as the layout ``runs/RECIPE/NAME`` says."""
-    for name in (config.get("recipe"), result.get("recipe")):
-        if isinstance(name, str) and name:
-            return name
+def _method(folder: Path, environment: Mapping[str, Any]) -> str:
+    """The method's address: as the run wrote it, else (an older run) as the layout ``runs/METHOD/NAME`` gives it."""
+    written = environment.get("method")
+    if isinstance(written, str) and written:
+        return written
     try:
-        return find_method(folder.resolve().parent.name).name
+        return find_method(folder.resolve().parent.name).address
     except UserError:
         return ""

@@ -10,7 +10,7 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from preceptor.catalogue import find_method, repeat
+from preceptor.catalogue import find_method, name_of, repeat
 from preceptor.errors import UserError
 from preceptor.report.contents import Contents
 from preceptor.report.curves import Curve, collect, draw
@@ -72,10 +72,10 @@ def headline(contents: Contents) -> str:
 
 
 def _name(contents: Contents) -> str:
-    folder = contents.folder.resolve().name
+    folder, method = contents.folder.resolve().name, name_of(contents.method)
     if contents.reproduction:
-        return f"Reproduction of {contents.recipe}" if contents.recipe else f"Reproduction: {folder}"
-    return f"{contents.recipe} · {folder}" if contents.recipe else folder
+        return f"Reproduction of {method}" if method else f"Reproduction: {folder}"
+    return f"{method} · {folder}" if method else folder
 
 
 def _header(contents: Contents, name: str) -> str:
@@ -106,17 +106,18 @@ def _facts(contents: Contents) -> Iterator[tuple[str, str]]:
     yield "When", f"{when.day} {month_name[when.month]} {when.year}, {when:%H:%M} UTC"
     device, threads = contents.environment.get("device"), contents.environment.get("threads")
     yield "Device", escape(f"{device}, {threads} thread{'' if threads == 1 else 's'}") if device else ""
-    yield "Method", _method(contents.recipe)
+    yield "Method", _method(contents.method)
 
 
-def _method(recipe: str) -> str:
+def _method(address: str) -> str:
     try:
-        method = find_method(recipe)
+        method = find_method(address)
     except UserError:
-        return escape(recipe)
+        return escape(name_of(address))
     paper = escape(method.paper or method.link)
     linked = f'<a href="{escape(method.link)}">{paper}</a>' if method.link.startswith("https://") else paper
-    return f"{escape(method.title)}: {escape(method.summary)}<br><small>{linked}</small>"
+    about = f"{escape(method.title)}: {escape(method.summary)}"
+    return f"{about}<br><small>{linked}</small>" if linked else about
 
 
 def _duration(seconds: float) -> str:
@@ -233,12 +234,12 @@ def _pictures(contents: Contents) -> str:
 
 def _repeat(contents: Contents) -> str:
     commands = [contents.command] if contents.command else []
-    if contents.recipe and contents.reproduction:
-        commands.append(f"preceptor reproduce {contents.recipe}")
-    elif contents.recipe and contents.config:
-        commands.append(repeat(contents.recipe, contents.folder))
+    if contents.method and contents.reproduction:
+        commands.append(f"preceptor reproduce {contents.method}")
+    elif contents.method and contents.config:
+        commands.append(repeat(contents.method, contents.folder))
         if not contents.finished:
-            commands.append(f"preceptor run {contents.recipe} --config {contents.folder}/config.json --resume")
+            commands.append(f"preceptor run {contents.method} --config {contents.folder}/config.json --resume")
     if not commands:
         return ""
     listed = "\n".join(dict.fromkeys(commands))

@@ -367,6 +367,23 @@ def test_the_folder_tells_what_ran_where(tmp_path: Path) -> None:
     assert environment["seed"] == 0
 
 
+def test_a_run_writes_its_method_and_goes_on_with_that_one_only(tmp_path: Path) -> None:
+    from preceptor.methods.gkd.recipe import tiny
+
+    training = Training(steps=1)
+    config = dataclasses.replace(tiny, training=training)
+    Run(training, student=network(), folder=tmp_path / "named", config=config).finish()
+    assert json.loads((tmp_path / "named" / "environment.json").read_text())["method"] == "gkd"
+    Run(training, student=network(), folder=tmp_path / "nameless", config=Settings(training)).finish()
+    assert json.loads((tmp_path / "nameless" / "environment.json").read_text())["method"] is None
+    path = tmp_path / "named" / "environment.json"
+    path.write_text(path.read_text().replace('"method": "gkd"', '"method": "./mine"'))
+    with pytest.raises(UserError, match="holds a run of mine, not of gkd"):
+        Run(training, student=network(), folder=tmp_path / "named", config=config, resume=True)
+    path.unlink()
+    Run(training, student=network(), folder=tmp_path / "named", config=config, resume=True).finish()
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 

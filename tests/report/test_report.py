@@ -154,6 +154,21 @@ def test_a_reproduction_shows_its_claims(tmp_path: Path) -> None:
     assert "preceptor reproduce gkd" in page.text
 
 
+def test_the_method_is_the_one_that_the_run_wrote_down(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "anywhere" / "first")
+    assert "Method" not in read(write_report(folder)).text
+    (folder / "environment.json").write_text(json.dumps({"method": "gkd"}))
+    page = read(write_report(folder))
+    assert "MethodGKD: " in page.text
+    assert "gkd · first" in page.text
+    older = fill(tmp_path / "obow" / "first")
+    assert "obow · first" in read(write_report(older)).text
+    (older / "environment.json").write_text(json.dumps({"method": "/elsewhere/mine"}))
+    page = read(write_report(older))
+    assert "Methodmine" in page.text
+    assert "mine · first" in page.text
+
+
 def test_a_run_that_goes_on_says_so(tmp_path: Path) -> None:
     folder = fill(tmp_path / "gkd" / "first", finished=False)
     lines = (folder / "metrics.jsonl").read_text().splitlines()[:12]

@@ -1,0 +1,1 @@
+"""template: a digit that the student never saw, learned from soft targets."""
