@@ -12,8 +12,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from preceptor.cache.choice import Wanted, choose, fit, measure
@@ -22,6 +20,7 @@ from preceptor.cache.header import UNFINISHED, Header, load, write
 from preceptor.cache.reading import Cache
 from preceptor.cache.store import Appender, Finished, pack
 from preceptor.data.sequences import Sequence, collate, sequence_key
+from preceptor.engine.progress_bar import Bar
 from preceptor.errors import UserError
 from preceptor.knowledge import Head
 from preceptor.models.language_model import LanguageModel, in_evaluation
@@ -211,13 +210,7 @@ class Report:
 
     def __init__(self, tokens: int) -> None:
         self._total, self._done, self._bytes, self._kl, self._mass = tokens, 0, 0, 0.0, 0.0
-        self._console = Console(stderr=True)
-        self._said = self._began = time.monotonic()
-        columns = (TextColumn("capturing"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, TextColumn("{task.description}"), console=self._console)
-        self._task = self._progress.add_task("", total=tokens)
-        if self._console.is_terminal:
-            self._progress.start()
+        self._bar, self._began = Bar("tokens", timed=False), time.monotonic()
 
     def add(self, batch: list[Finished]) -> None:
         """Count a finished batch and show where the capture stands."""
@@ -226,17 +219,13 @@ class Report:
             self._bytes += len(one.blob)
             self._kl += one.kl * one.rows
             self._mass += one.mass * one.rows
-        self._progress.update(self._task, completed=self._done, description=self._text())
-        now = time.monotonic()
-        if not self._console.is_terminal and now - self._said >= 15:
-            left = (now - self._began) * (self._total / self._done - 1)
-            print(f"{self._done}/{self._total} tokens, {left:.0f} s left, {self._text()}", file=sys.stderr, flush=True)
-            self._said = now
+        if self._bar.due:
+            left = (time.monotonic() - self._began) * (self._total / self._done - 1)
+            self._bar.show(self._done, self._total, f"{left:.0f} s left, {self._text()}")
 
     def close(self) -> None:
         """Leave the terminal as it was, with the last figures."""
-        if self._console.is_terminal:
-            self._progress.stop()
+        self._bar.close()
         if self._done:
             print(f"{self._done} tokens captured: {self._text()}", file=sys.stderr, flush=True)
 

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
-from rich.progress import track
 
 from preceptor.data.embedded_prompts import make_prompts
 from preceptor.data.encoding import encode, encode_prompt
 from preceptor.data.readers import Example, Message, read
 from preceptor.data.sequences import Sequence
 from preceptor.engine import distribution
+from preceptor.engine.progress_bar import Bar
 from preceptor.engine.settings import Training
 from preceptor.errors import UserError
 from preceptor.files import write_whole
@@ -186,14 +185,14 @@ def _written(teacher: LanguageModel, prompts: list[tuple[int, ...]], text: Text)
     """The teacher's answers, in the order of the prompts; written longest prompt first, with progress on stderr."""
     order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
     parts = [order[start : start + TOGETHER] for start in range(0, len(order), TOGETHER)]
-    console, told = Console(stderr=True), f"The teacher writes {len(prompts)} answers"
-    if prompts and not console.is_terminal:
-        console.print(f"{told} ...")
     written: dict[int, Sequence] = {}
-    for places in track(parts, told, console=console, disable=not console.is_terminal):
-        asked = [prompts[place] for place in places]
-        answers = write_answers(teacher, asked, text.answer_length, max_length=text.max_length)
-        written |= zip(places, answers, strict=True)
+    with Bar("the teacher's answers") as bar:
+        for places in parts:
+            if not written or bar.due:
+                bar.show(len(written), len(prompts))
+            asked = [prompts[place] for place in places]
+            answers = write_answers(teacher, asked, text.answer_length, max_length=text.max_length)
+            written |= zip(places, answers, strict=True)
     return [written[place] for place in range(len(prompts))]
 
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from preceptor.engine import checkpoint, distribution
 from preceptor.engine.metrics import Line, Metrics
-from preceptor.engine.progress_bar import Bar
+from preceptor.engine.progress_bar import Bar, describe
 from preceptor.engine.run_folder import open_folder, write_environment
 from preceptor.engine.settings import Training
 from preceptor.errors import UserError
@@ -131,7 +131,7 @@ class Run:
         self._random: dict[str, Any] | None = None
         self._frozen = {name: checkpoint.fingerprint(learner.frozen) for name, learner in self._learners.items()}
         length = self._restore() if resume else 0
-        self._bar = Bar(shown=self.is_main)
+        self._bar = Bar("step", shown=self.is_main)
         self._metrics: Metrics | None = None
         if self.is_main:
             write_environment(self.folder, config, self.device, training.seed, provenance or {})
@@ -353,8 +353,8 @@ class Run:
             self._metrics.write(line)
         if self.training.trackers:
             self.accelerator.log(line, step=self.step)
-        if self._total is not None:
-            self._bar.show(self.step, self._total, line)
+        if self._total is not None and (self._bar.due or self.step >= self._total):
+            self._bar.show(self.step, self._total, describe(line))
         if self.training.save_every and self.step % self.training.save_every == 0:
             self._save()
 

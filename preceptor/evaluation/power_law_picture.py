@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from preceptor.evaluation.power_law import PowerLawVerdict
-from preceptor.report.figures import COLOURS, FLAG, INK, _axes, _figure, _write
+from preceptor.report.figures import COLOURS, FLAG, INK, bare, blank, save
 
 
 def draw_law(path: Path, points: Sequence[tuple[int, float]], verdict: PowerLawVerdict, caption: str) -> None:
@@ -17,12 +17,12 @@ def draw_law(path: Path, points: Sequence[tuple[int, float]], verdict: PowerLawV
         path: of the PNG.
         points: (step, proxy), positive, step 0 left out.
         verdict: what the detector found.
-        caption: what the report says under it.
+        caption: what the report shows under it.
     """
     shown = [(step, value) for step, value in points if step > 0 and value > 0]
-    if not shown or (figure := _figure()) is None:
+    if not shown or (figure := blank()) is None:
         return
-    axes = _axes(figure)
+    axes = bare(figure.add_subplot(), grid=True)
     steps = [step for step, _ in shown]
     axes.plot(
         steps, [value for _, value in shown], "o-", color=COLOURS[0], linewidth=1.2, markersize=3.5, label="proxy"
@@ -34,14 +34,14 @@ def draw_law(path: Path, points: Sequence[tuple[int, float]], verdict: PowerLawV
         axes.axvline(verdict.flagged, color=FLAG, linewidth=1.2, label=f"departs at step {verdict.flagged}")
     axes.set_xscale("log")
     axes.set_yscale("log")
-    _plain_ticks(axes)
+    plain_ticks(axes)
     axes.set_xlabel("optimizer step", color=INK, fontsize=8)
     axes.set_ylabel("proxy on held-out prompts", color=INK, fontsize=8)
     axes.legend(fontsize=8, frameon=False, labelcolor=INK)
-    _write(figure, path, caption)
+    save(figure, path, caption)
 
 
-def _plain_ticks(axes: Any) -> None:
+def plain_ticks(axes: Any) -> None:
     """Numbers as 0.5 or 200: a range of less than a decade has no powers of ten to show."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 

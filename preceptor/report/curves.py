@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from preceptor.report.figures import blank
+
 POINTS = 300  # of a line at most; longer ones are averaged in buckets
 
 
@@ -94,12 +96,11 @@ def draw(curve: Curve) -> str:
     """
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     style = {"svg.fonttype": "none", "svg.hashsalt": curve.title, "font.size": 9, "axes.linewidth": 0.6}
     with rc_context(style):  # type: ignore[arg-type]
-        figure = Figure(figsize=(4.4, 2.3), layout="constrained")
+        figure = blank(4.4, 2.3)
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
         _plot(axes, curve)

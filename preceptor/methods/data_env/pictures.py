@@ -7,13 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from preceptor.files import write_whole
 from preceptor.methods.data_env.rounds import Iteration
+from preceptor.report.figures import COLOURS, INK, PALE, bare, blank, save
 
-INK, LINE, FILL = "#3b3f46", "#c9ccd1", "#2f6f8f"
-
-
-COLOURS = ("#2f6f8f", "#c2703d", "#5b8c5a", "#8a5a9e", "#b8a13a", "#4f5d75", "#c2527a", "#3aa6a0", "#8c6d4f", "#777777")
+FILL = COLOURS[0]
 
 
 ENTITLED = {
@@ -32,11 +29,6 @@ def draw_episode(folder: Path, rounds: Sequence[Iteration]) -> None:
         folder: where they go; it is made.
         rounds: all rounds, from the one before any lesson on.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
     sizes = {"1_skill_tree": (7.6, 0.6 + 0.27 * len(_leaves(rounds))), "2_allocation": (7.6, 3.4)}
     sizes["2_allocation"] = (7.6, 1.2 + 0.25 * len(_leaves(rounds)))
     for name, paint in (
@@ -45,14 +37,10 @@ def draw_episode(folder: Path, rounds: Sequence[Iteration]) -> None:
         ("3_accuracy", _accuracy),
         ("4_rejected", _rejected),
     ):
-        figure = Figure(figsize=sizes.get(name, (7.6, 3.2)), layout="constrained", dpi=140)
-        axes = figure.add_subplot()
-        axes.tick_params(colors=INK, length=0, labelsize=8)
-        for side in axes.spines.values():
-            side.set_visible(False)
-        paint(axes, rounds)
-        figure.savefig(folder / f"{name}.png", facecolor="white", metadata={"Software": None})
-        write_whole(folder / f"{name}.txt", ENTITLED[name] + "\n")
+        if (figure := blank(*sizes.get(name, (7.6, 3.2)))) is None:
+            return
+        paint(bare(figure.add_subplot()), rounds)
+        save(figure, folder / f"{name}.png", ENTITLED[name])
 
 
 def _leaves(rounds: Sequence[Iteration]) -> list[tuple[str, str]]:
@@ -82,7 +70,7 @@ def _tree(axes: Any, rounds: Sequence[Iteration]) -> None:
         middle = sum(places) / len(places)
         axes.text(1.6, middle, skill or "any", va="center", ha="right", fontsize=9, weight="bold", color=INK)
         for row in places:
-            axes.plot([1.7, 2.2, 2.2, 2.5], [middle, middle, row, row], color=LINE, linewidth=1.2)
+            axes.plot([1.7, 2.2, 2.2, 2.5], [middle, middle, row, row], color=PALE, linewidth=1.2)
     axes.set(xlim=(0, 9.4), ylim=(len(leaves) - 0.4, -0.6), xticks=[], yticks=[])
 
 
@@ -152,7 +140,7 @@ def _rejected(axes: Any, rounds: Sequence[Iteration]) -> None:
 
 
 def _rounds_below(axes: Any, steps: Sequence[int]) -> None:
-    axes.grid(axis="y", color=LINE, linewidth=0.6)
+    axes.grid(axis="y", color=PALE, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.set_xticks(list(steps))
     axes.set_xlabel("round", color=INK, fontsize=8)

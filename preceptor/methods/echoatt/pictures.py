@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from preceptor.files import write_whole
 from preceptor.methods.echoatt.similarity import Similarity
-
-INK = "#333333"
+from preceptor.report.figures import INK, bare, blank, save
 
 
 def draw_similarity(folder: Path, similarity: Similarity, followers: Sequence[int]) -> None:
@@ -21,13 +19,9 @@ def draw_similarity(folder: Path, similarity: Similarity, followers: Sequence[in
     """
     from preceptor.models.shared_attention.config import leaders_of
 
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
+    if (figure := blank(8.4, 3.8)) is None:
         return
-    folder.mkdir(parents=True, exist_ok=True)
     layers, leaders = range(len(similarity.cosines)), leaders_of(followers)
-    figure = Figure(figsize=(8.4, 3.8), layout="constrained", dpi=140)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.1))
     image = left.imshow(similarity.cosines, vmin=0, vmax=1, cmap="viridis", origin="lower")
     figure.colorbar(image, ax=left, shrink=0.85)
@@ -39,13 +33,10 @@ def draw_similarity(folder: Path, similarity: Similarity, followers: Sequence[in
     right.set_xlabel("layer", fontsize=8, color=INK)
     right.set_ylim(0, 1)
     for axes in (left, right):
-        axes.tick_params(colors=INK, length=0, labelsize=7)
-        for side in axes.spines.values():
-            side.set_visible(False)
-    figure.savefig(folder / "similarity.png", facecolor="white", metadata={"Software": None})
+        bare(axes)
     caption = (
         "Cosine of the layers' attention matrices (left; a white point marks the layer that a follower copies from), "
         "and each layer's mean with all others (right; light: followers). The line is the cosine with a matrix that "
         f"spreads attention evenly. Mean over {similarity.texts} texts."
     )
-    write_whole(folder / "similarity.txt", caption + "\n")
+    save(figure, folder / "similarity.png", caption)

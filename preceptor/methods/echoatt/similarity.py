@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.progress import track
 from torch import Tensor
 
+from preceptor.engine.progress_bar import Bar
 from preceptor.errors import UserError
 from preceptor.files import write_whole
 
@@ -80,15 +80,18 @@ def measure_similarity(model: PreTrainedModel, texts: Sequence[Sequence[int]], *
         raise UserError(
             f"None of the {len(texts)} calibration texts has {length} tokens: give longer ones, or a shorter length."
         )
-    training, total = model.training, None
+    training, total, bar = model.training, None, Bar("texts")
     model.eval()  # type: ignore[no-untyped-call]
     try:
-        for ids in track(used, "Comparing layers", transient=True):
+        for done, ids in enumerate(used):
+            if bar.due:
+                bar.show(done, len(used))
             gram = _gram(model, torch.tensor([ids], device=model.device))
             sizes = gram.diagonal().sqrt()
             cosines = gram / (sizes[:, None] * sizes)
             total = cosines if total is None else total + cosines
     finally:
+        bar.close()
         model.train(training)
     assert total is not None
     rows = (total / len(used)).tolist()

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from preceptor.files import write_whole
 from preceptor.methods.soft_bootstrapping.rollouts import Tried, statistics
+from preceptor.report.figures import COLOURS, INK, PALE, bare, blank, save
 
-INK, FILL, PALE = "#3b3f46", "#2f6f8f", "#c9ccd1"
+FILL = COLOURS[0]
 
 
 ENTITLED = {
@@ -26,20 +26,11 @@ def draw_selection(folder: Path, tried: Sequence[Tried]) -> None:
         folder: where they go; it is made.
         tried: all questions that were tried.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
     for name, paint in (("1_outcomes", _outcomes), ("2_right_rollouts", _right)):
-        figure = Figure(figsize=(6.4, 2.6), layout="constrained", dpi=140)
-        axes = figure.add_subplot()
-        axes.tick_params(colors=INK, length=0, labelsize=8)
-        for side in axes.spines.values():
-            side.set_visible(False)
-        paint(axes, tried)
-        figure.savefig(folder / f"{name}.png", facecolor="white", metadata={"Software": None})
-        write_whole(folder / f"{name}.txt", ENTITLED[name] + "\n")
+        if (figure := blank(6.4, 2.6)) is None:
+            return
+        paint(bare(figure.add_subplot()), tried)
+        save(figure, folder / f"{name}.png", ENTITLED[name])
 
 
 def _outcomes(axes: Any, tried: Sequence[Tried]) -> None:

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import math
 import os
-import sys
 from collections.abc import Sequence as Listed
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +18,8 @@ from random import Random
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from preceptor.engine.progress_bar import Bar
 from preceptor.errors import UserError
 from preceptor.files import writable
 from preceptor.methods.soft_bootstrapping.hints import Prompts
@@ -105,17 +103,18 @@ def collect(
     with writable(path.parent, path.name):
         path.parent.mkdir(parents=True, exist_ok=True)
         _cut(path, len(tried))
-    with _Bar(wanted, len(items)) as bar, torch.random.fork_rng():
-        bar.show(tried)
+    kept = sum(one.outcome == "kept" for one in tried)
+    with Bar("rollouts") as bar, torch.random.fork_rng():
         for start in range(len(tried), len(items), rolling.round):
-            if sum(one.outcome == "kept" for one in tried) >= wanted:
+            if kept >= wanted:
                 break
             torch.manual_seed(Random(f"{seed}/{start}").getrandbits(63))
             found = _try(model, items[start : start + rolling.round], rolling, prompts, verify, seed)
             with writable(path.parent, path.name):
                 _append(path, found)
             tried += found
-            bar.show(tried)
+            kept += sum(one.outcome == "kept" for one in found)
+            bar.show(kept, wanted, _progress(tried, len(items)))
     return tried
 
 
@@ -245,30 +244,7 @@ def _cut(path: Path, lines: int) -> None:
         file.truncate(file.tell())
 
 
-class _Bar:
-    """Progress on stderr: how many of the wanted questions are kept, of how many tried; a line a round elsewhere."""
-
-    def __init__(self, wanted: int, questions: int) -> None:
-        self._questions, self._console = questions, Console(stderr=True)
-        columns = (TextColumn("rollouts"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, TextColumn("{task.description}"), console=self._console)
-        self._task = self._progress.add_task("", total=wanted)
-
-    def __enter__(self) -> _Bar:
-        if self._console.is_terminal:
-            self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._console.is_terminal:
-            self._progress.stop()
-
-    def show(self, tried: Listed[Tried]) -> None:
-        """Show where the selection stands."""
-        if not tried:
-            return
-        told = statistics(tried)
-        text = f"kept of {told.questions} tried (at most {self._questions}), {100 * told.pass_rate.mean:.0f} % right"
-        self._progress.update(self._task, completed=told.outcomes["kept"], description=text)
-        if not self._console.is_terminal:
-            print(f"rollouts: {told.outcomes['kept']} {text}", file=sys.stderr, flush=True)
+def _progress(tried: Listed[Tried], questions: int) -> str:
+    """What the bar shows of a selection: of how many questions those kept are, and how many rollouts were right."""
+    shown = statistics(tried)
+    return f"kept of {shown.questions} tried (at most {questions}), {100 * shown.pass_rate.mean:.0f} % right"

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from preceptor.evaluation.power_law_picture import _plain_ticks
-from preceptor.report.figures import COLOURS, INK, _axes, _figure, _write
+from preceptor.evaluation.power_law_picture import plain_ticks
+from preceptor.report.figures import COLOURS, INK, bare, blank, save
 
 
 def draw_plane(path: Path, courses: Mapping[str, Sequence[tuple[float, float]]], caption: str) -> None:
@@ -20,11 +20,11 @@ def draw_plane(path: Path, courses: Mapping[str, Sequence[tuple[float, float]]],
     Args:
         path: of the PNG.
         courses: name -> (proxy, golden) of each checkpoint, all positive, in nats.
-        caption: what the report says under it.
+        caption: what the report shows under it.
     """
-    if (figure := _figure()) is None:
+    if (figure := blank()) is None:
         return
-    axes = _axes(figure)
+    axes = bare(figure.add_subplot(), grid=True)
     for (name, points), colour in zip(courses.items(), COLOURS * (1 + len(courses) // len(COLOURS))):
         x, y = [proxy for proxy, _ in points], [golden for _, golden in points]
         axes.plot(x, y, color=colour, linewidth=1.5, label=name)
@@ -35,9 +35,9 @@ def draw_plane(path: Path, courses: Mapping[str, Sequence[tuple[float, float]]],
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.invert_xaxis()
-    _plain_ticks(axes)
+    plain_ticks(axes)
     axes.set_xlabel("proxy: KL(teacher ‖ student), nats a sequence (training goes to the right)", color=INK, fontsize=8)
     axes.set_ylabel("golden: KL(oracle ‖ student)", color=INK, fontsize=8)
     if len(courses) > 1:
         axes.legend(fontsize=8, frameon=False, labelcolor=INK)
-    _write(figure, path, caption)
+    save(figure, path, caption)
