@@ -98,8 +98,8 @@ class SelfAttention(nn.Module):
     def below(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The hidden states (B, T, D) that enter the layer: the last ones that a distilled student has learned."""
         options = {"use_cache": False} if self.causal else {}
-        told = self._trunk()(input_ids=input_ids, attention_mask=attention_mask, **options)
-        hidden: Tensor = told.last_hidden_state
+        outputs = self._trunk()(input_ids=input_ids, attention_mask=attention_mask, **options)
+        hidden: Tensor = outputs.last_hidden_state
         return hidden
 
     def project(self, hidden: Tensor, *, scored: bool = True) -> Projections:

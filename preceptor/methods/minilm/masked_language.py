@@ -45,8 +45,8 @@ class MaskedLanguage(nn.Module):
     def forward(self, batch: Batch) -> Loss:
         """Cross-entropy (nat) summed over the drawn tokens; ``count`` is their number."""
         hidden_ids, drawn = self.hide(batch)
-        told = self.encoder(input_ids=hidden_ids, attention_mask=batch.attention_mask).last_hidden_state
-        logits = nn.functional.linear(self.head(told[drawn]), self._embeddings, self.bias)
+        states = self.encoder(input_ids=hidden_ids, attention_mask=batch.attention_mask).last_hidden_state
+        logits = nn.functional.linear(self.head(states[drawn]), self._embeddings, self.bias)
         loss = nn.functional.cross_entropy(logits.float(), batch.input_ids[drawn], reduction="sum")
         return Loss(loss, drawn.sum(), {"masked cross-entropy": loss.detach()})
 

@@ -30,7 +30,7 @@ Decided here, where the sources differ or are silent:
 * With ``assistant``, a teacher assistant is taught first and teaches the student (for students of at most half the
   teacher's layers and half its width).
 
-The losses are in ``losses.relations``, the loop is ``learn``. Its nine arms are in ``reproductions.minilm``.
+The losses are in ``losses/attention_relations.py``, the loop is ``teach``; the reproduction has nine arms.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ from preceptor.losses import Loss, attention_relations as relations
 from preceptor.losses.attention_relations import Average, Projections
 from preceptor.methods.minilm.attention_reader import AttentionTeacher, SelfAttention
 from preceptor.methods.minilm.encoders import load_body, make_body, save_body
+from preceptor.methods.minilm.examination import compare_relations
 from preceptor.methods.minilm.texts import Texts, read_texts, split_texts
 from preceptor.models.identity import tokenizer_hash
 from preceptor.report import write_report
@@ -122,7 +123,7 @@ paper = Config(
 )
 
 
-Teach = Callable[[Batch], Projections]
+RelationTeacher = Callable[[Batch], Projections]
 
 
 def objective(config: Config, student: Projections, teacher: Projections, batch: Batch, *, causal: bool) -> Loss:
@@ -137,21 +138,21 @@ def objective(config: Config, student: Projections, teacher: Projections, batch:
     )
 
 
-def learn(run: Run, config: Config, teach: Teach, student: SelfAttention, texts: Texts) -> None:
+def teach(run: Run, config: Config, teacher: RelationTeacher, student: SelfAttention, texts: Texts) -> None:
     """The loop: the student learns the teacher's relations on the lessons; held-out terms are logged when due."""
     student.train()
     for batch in run.batches(texts.lessons, partial(collate, pad_id=texts.pad)):
-        told = teach(batch)
+        targets = teacher(batch)
         learned = run.student(batch.input_ids, batch.attention_mask, scored=not config.relation_heads)
-        loss = objective(config, learned, told, batch, causal=student.causal)
+        loss = objective(config, learned, targets, batch, causal=student.causal)
         run.update(loss.sum, loss.count, loss.parts)
         if run.evaluate_due:
-            run.log(**{f"held_out_{name}": value for name, value in measure(config, teach, student, texts).items()})
+            run.log(**{f"held_out_{name}": value for name, value in measure(config, teacher, student, texts).items()})
     run.finish()
 
 
 @torch.no_grad()
-def measure(config: Config, teach: Teach, student: SelfAttention, texts: Texts) -> dict[str, float]:
+def measure(config: Config, teacher: RelationTeacher, student: SelfAttention, texts: Texts) -> dict[str, float]:
     """Each term's mean over held-out sequences, and as ``... uniform`` that of a student without any relation."""
     alike = replace(config, average="sequence")
     sums: dict[str, float] = {}
@@ -159,10 +160,10 @@ def measure(config: Config, teach: Teach, student: SelfAttention, texts: Texts) 
     student.eval()
     for start in range(0, len(texts.exam), 64):
         batch = collate(texts.exam[start : start + 64], texts.pad).to(next(student.parameters()).device)
-        told = teach(batch)
+        targets = teacher(batch)
         learned = student(batch.input_ids, batch.attention_mask, scored=not config.relation_heads)
-        parts = objective(alike, learned, told, batch, causal=student.causal).parts
-        for name, (x, y) in relations.relation_inputs(told, config.relation_heads).items():
+        parts = objective(alike, learned, targets, batch, causal=student.causal).parts
+        for name, (x, y) in relations.relation_inputs(targets, config.relation_heads).items():
             uniform = relations.uniform_reference(x, y, batch.attention_mask, causal=student.causal).sum()
             for label, figure in ((name, parts[name]), (f"{name} uniform", uniform)):
                 sums[label] = sums.get(label, 0.0) + float(figure) / len(texts.exam)
@@ -208,14 +209,14 @@ def teach_one(config: Config, teacher: SelfAttention, student: SelfAttention, to
     """Teach one student, save it, and compare its held-out relations with those before."""
     folder, asked = Path(config.output), AttentionTeacher(teacher)
     check_fit(config, asked, student, texts)
-    teach = partial(asked, scored=not config.relation_heads)
+    relations_of = partial(asked, scored=not config.relation_heads)
     untaught = copy.deepcopy(student)
     hashes = {"teacher": config.teacher, "tokenizer": tokenizer_hash(tokenizer), "text": config.data or "embedded"}
     run = Run(config.training, student=student, folder=folder, config=config, resume=config.resume, provenance=hashes)
     run.shard(teacher)
-    before = measure(config, teach, untaught.to(run.device), texts)
-    learn(run, config, teach, student, texts)
-    table = compare_relations(config, before, measure(config, teach, student, texts))
+    before = measure(config, relations_of, untaught.to(run.device), texts)
+    teach(run, config, relations_of, student, texts)
+    table = compare_relations(config, before, measure(config, relations_of, student, texts))
     if run.is_main:
         card = {"teacher": config.teacher, "student": config.student, "method": "minilm", "layer taught": student.layer}
         save_body(folder / "student", student.model, tokenizer, card)
@@ -243,15 +244,3 @@ def check_fit(config: Config, teacher: AttentionTeacher, student: SelfAttention,
     with torch.no_grad():
         learned = student(batch.input_ids, batch.attention_mask, scored=scored)
         objective(config, learned, teacher(batch, scored=scored), batch, causal=student.causal)
-
-
-def compare_relations(config: Config, before: dict[str, float], after: dict[str, float]) -> Table:
-    """Held-out KL(teacher ‖ student) of each relation before and after, beside a student without any relation."""
-    title = f"{config.student} taught by {config.assistant or config.teacher}"
-    table = Table(title, ["uniform", "untaught", "taught", "fall"])
-    for name in (name for name in after if not name.endswith(" uniform")):
-        figures = {"uniform": after[f"{name} uniform"], "untaught": before[name], "taught": after[name]}
-        table.rows[f"{name} relation"] = {**figures, "fall": f"{1 - after[name] / before[name]:.0%}"}
-    table.units, table.better = dict.fromkeys(table.rows, "nat"), dict.fromkeys(table.rows, "lower")
-    table.notes.append("KL(teacher ‖ student) a row, mean over heads, rows and held-out sequences.")
-    return table

@@ -1,6 +1,6 @@
 """MiniLM's claim: a student's attention and value relations approach its teacher's, and what that is good for.
 
-It imports ``recipes.minilm``, its own, to run the method as it ships (see ``preceptor.reproductions``).
+It runs the method as it ships.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from preceptor.files import write_whole
 from preceptor.methods.minilm.attention_reader import SelfAttention
 from preceptor.methods.minilm.encoders import make_body
 from preceptor.methods.minilm.masked_language import MaskedLanguage, learn_words
-from preceptor.methods.minilm.recipe import Config, Teach, check_fit, learn, measure, start
+from preceptor.methods.minilm.recipe import Config, RelationTeacher, check_fit, measure, start, teach
 from preceptor.methods.minilm.sentence_study import Study, make_study
 from preceptor.report.table import Table
 from preceptor.statistics import Claim, compare, mean_of
@@ -97,36 +97,38 @@ def one_seed(study: Study, seed: int, folder: Path, *, steps: int) -> dict[str, 
 
 
 def one_arm(study: Study, arm: str, config: Config) -> dict[str, float]:
-    """Teach one student and measure it. A folder of an arm that was stopped is taken up where it can be."""
+    """Teach one student and measure it. A folder of an arm that was stopped is resumed where it can be."""
     scored, seed = not config.relation_heads, config.training.seed
     truth = partial(study.teacher, scored=scored)
-    pupil = make_body(config.student, study.body, study.tokenizer, dropout=0.0, seed=seed)
-    learner = MaskedLanguage(pupil, study.tokenizer) if arm == "masked LM" else SelfAttention(pupil)
-    before = figures_of(config, truth, pupil, study, vectors=arm == "untaught")
+    body = make_body(config.student, study.body, study.tokenizer, dropout=0.0, seed=seed)
+    learner = MaskedLanguage(body, study.tokenizer) if arm == "masked LM" else SelfAttention(body)
+    before = figures_of(config, truth, body, study, vectors=arm == "untaught")
     if arm == "untaught":
         return before
     run = Run(config.training, student=learner, folder=config.output, config=config, resume=True)
     if isinstance(learner, SelfAttention):
-        said = study.control if arm == "another sentence" else study.teacher
-        learn(run, config, partial(said, scored=scored), learner, study.texts)
+        source = study.control if arm == "another sentence" else study.teacher
+        teach(run, config, partial(source, scored=scored), learner, study.texts)
     else:
         learn_words(run, study.texts.lessons, pad_id=study.texts.pad)
-    after = figures_of(config, truth, pupil, study)
+    after = figures_of(config, truth, body, study)
     lines = (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     last = [json.loads(line)["loss"] for line in lines[-max(1, len(lines) // 10) :]]
     return {**after, "last training loss": mean_of(last).mean, "loss left": 100 * after["loss"] / before["loss"]}
 
 
-def figures_of(config: Config, teach: Teach, pupil: Any, study: Study, *, vectors: bool = True) -> dict[str, float]:
+def figures_of(
+    config: Config, teacher: RelationTeacher, body: Any, study: Study, *, vectors: bool = True
+) -> dict[str, float]:
     """Held-out relations of one student, and what its vectors are good for. The student is left as it is."""
-    student = SelfAttention(copy.deepcopy(pupil).eval())
-    told = measure(config, teach, student, study.texts)
-    terms = [value for name, value in told.items() if not name.endswith(" uniform")]
+    student = SelfAttention(copy.deepcopy(body).eval())
+    measured = measure(config, teacher, student, study.texts)
+    terms = [value for name, value in measured.items() if not name.endswith(" uniform")]
     weights = config.weights or (1.0,) * len(terms)
     found = {"loss": sum(weight * term for weight, term in zip(weights, terms, strict=True))}
     if not config.relation_heads:
         for name, label in (("attention", "L_AT"), ("value", "L_VR")):
-            found |= {label: told[name], f"{label} uniform": told[f"{name} uniform"]}
+            found |= {label: measured[name], f"{label} uniform": measured[f"{name} uniform"]}
     return {**found, **study.exam.figures(student.below)} if vectors else found
 
 
@@ -166,9 +168,9 @@ def claims(done: list[dict[str, dict[str, float]]]) -> list[Claim]:
 def refusal(study: Study) -> Claim:
     """Whether MiniLM refuses a student of 6 heads of a teacher of 12, and names the way out."""
     config = Config(student="fresh:layers=3,hidden=192,heads=6")
-    text, said = "MiniLM refuses a student with another number of heads", "it was accepted"
+    text, outcome = "MiniLM refuses a student with another number of heads", "it was accepted"
     try:
         check_fit(config, study.teacher, start(config, study.body, study.tokenizer), study.texts)
     except UserError as error:
-        said = str(error)
-    return Claim(text, said.partition(":")[0], "relation_heads" in said)
+        outcome = str(error)
+    return Claim(text, outcome.partition(":")[0], "relation_heads" in outcome)

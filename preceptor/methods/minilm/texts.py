@@ -58,5 +58,5 @@ def split_texts(texts: list[str], tokenizer: Any, *, max_length: int, held_out: 
 
 
 def padding_id(tokenizer: Any) -> int:
-    """The id to pad with; it never matters, since padding is told by the attention mask."""
+    """The id to pad with; it never matters, since the attention mask marks padding."""
     return int(next(number for number in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if number is not None))

@@ -5,7 +5,7 @@ https://arxiv.org/abs/2012.11552
 Reproduction: holds over 3 seeds, but with 100 labels a class its features tell no more than raw pixels
 Command: ``preceptor run obow --data fashion-mnist``
 
-Each step, for images x, student θ, teacher θ', levels l with vocabularies V_l of K words (``preceptor.visual_words``):
+Each step, for images x, student θ, teacher θ', levels l with vocabularies V_l of K words (``visual_words.py``):
 
     1. predict      p_l = softmax(κ f(crops of x) g_l(V_l)ᵀ)          f: pooled last map of the student, not normalised
     2. teacher      θ' ← α θ' + (1 - α) θ,    α(i) = 1 - (1 - α₀)(1 + cos(π i / I)) / 2 at step i of I
@@ -20,13 +20,11 @@ Only parameters are averaged: the teacher's batch norms keep statistics of their
 Decided here, where the sources differ or are silent:
 
 * K need not be a multiple of the batch: the queue wraps around. Distances are made in chunks of images.
-* Views are cut from the batch in plain torch (``preceptor.views``): crops from the square image that is kept, not from
+* Views are cut from the batch in plain torch (``vision/views.py``): crops from the square image that is kept, not from
   the file; patches by one bilinear cut; hue turns in the YIQ plane. Images stay in [0, 1]: a batch norm follows.
 * A run stops with a clear word when a vocabulary collapses, when its codes become uniform, or when the loss is not a
   number.
 * The features that are examined are the mean of the student's last map on whole images.
-
-Half of this file is the examination and the reproduction with its control; the method ends with ``learn``.
 """
 
 from __future__ import annotations
@@ -34,23 +32,18 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from preceptor.catalogue import repeat
 from preceptor.distillation.momentum import MomentumTeacher
 from preceptor.engine.run import NonFiniteLoss, Run
 from preceptor.engine.run_folder import check_folder
 from preceptor.engine.settings import Training
 from preceptor.errors import UserError
-from preceptor.evaluation.frozen_features import embed, figures, warmed_up
-from preceptor.evaluation.language import TAUGHT, UNTAUGHT
-from preceptor.evaluation.result import write_result
-from preceptor.methods.obow.pictures import draw_words
+from preceptor.methods.obow.examination import examine
 from preceptor.methods.obow.visual_words import (
     Assignment,
     DynamicHead,
@@ -60,11 +53,10 @@ from preceptor.methods.obow.visual_words import (
     bag_divergence,
     perplexities,
 )
-from preceptor.report import write_report
 from preceptor.report.table import Table
-from preceptor.vision.backbones import levels_of, make_backbone, pooled, save_backbone
+from preceptor.vision.backbones import levels_of, make_backbone, pooled
 from preceptor.vision.images import Images, read_images
-from preceptor.vision.views import Views, student_views, teacher_view, whole
+from preceptor.vision.views import Views, student_views, teacher_view
 
 REQUIRES = "vision"
 
@@ -170,7 +162,7 @@ class ObowStudent(nn.Module):
 
 
 def make(config: Config, channels: int) -> tuple[ObowStudent, MomentumTeacher, Vocabularies]:
-    """ObowStudent, teacher and a vocabulary for each level, all drawn from the seed."""
+    """Student, teacher and a vocabulary for each level, all drawn from the seed."""
     seed = config.training.seed
     backbone = make_backbone(config.backbone, channels, seed=seed)
     levels = levels_of(backbone, config.levels)
@@ -226,10 +218,10 @@ def lesson(
     return [torch.stack(kl).mean(0).sum() for kl in levels], bags
 
 
-def learn(
+def teach(
     run: Run, config: Config, student: ObowStudent, teacher: MomentumTeacher, words: Vocabularies, images: Images
 ) -> None:
-    """The loop: one lesson a step, and what it says of the words."""
+    """The loop: one lesson a step; the perplexities and the distance of each vocabulary are logged."""
     watch = VocabularyWatch(config.words, config.training.batch_size)
     for name, thing in (("teacher", teacher), ("words", words), ("watch", watch)):
         run.remember(name, thing)
@@ -243,9 +235,9 @@ def learn(
         try:
             run.update(torch.stack(kinds).sum(), len(batch), parts)
         except NonFiniteLoss as error:
-            told = "; ".join(f"{n}: perplexities {b:.1f}, {i:.1f}, m {m:.3g}" for n, (b, i, m) in used.items())
+            vocabularies = "; ".join(f"{n}: perplexities {b:.1f}, {i:.1f}, m {m:.3g}" for n, (b, i, m) in used.items())
             raise NonFiniteLoss(
-                f"{error} ({told})", step=error.step, indices=error.indices, checkpoint=error.checkpoint
+                f"{error} ({vocabularies})", step=error.step, indices=error.indices, checkpoint=error.checkpoint
             ) from error
         for name, (of_batch, of_image, distance) in used.items():
             run.log(**{f"batch_perplexity_{name}": of_batch, f"image_perplexity_{name}": of_image})
@@ -271,7 +263,7 @@ def main(config: Config) -> Table | None:
     run = Run(config.training, student=student, folder=folder, config=config, resume=config.resume, provenance=facts)
     for module in (teacher.model, words):
         run.shard(module)
-    learn(run, config, student, teacher, words, lessons)
+    teach(run, config, student, teacher, words, lessons)
     return examine(config, student, teacher, words, lessons, exam) if run.is_main else None
 
 
@@ -288,44 +280,3 @@ def check_fit(
                 pooled(copy.deepcopy(student.backbone).eval(), view)
     except RuntimeError as error:
         raise UserError(f"The views are too small for {config.backbone} ({error}): enlarge them.") from error
-
-
-def examine(
-    config: Config, student: ObowStudent, teacher: MomentumTeacher, words: Vocabularies, lessons: Images, exam: Images
-) -> Table:
-    """Examine the features before and after; write student, table, pictures and report."""
-    folder, view = Path(config.output), partial(whole, views=config.views)
-    card = {"method": "obow", "data": config.data or f"{len(lessons):,} images", "images": f"{len(lessons):,}"}
-    save_backbone(folder / "student", student.backbone, config.backbone, lessons.channels, card)
-    draw(folder, config, teacher, words, exam)
-    table = Table(f"{config.backbone} on {len(lessons):,} images without labels", [])
-    if len(lessons.labels) and len(exam.labels):
-        untaught = make_backbone(config.backbone, lessons.channels, seed=config.training.seed)
-        arms = {UNTAUGHT: warmed_up(untaught.to(next(student.parameters()).device), lessons, view)}
-        for name, backbone in {**arms, TAUGHT: student.backbone}.items():
-            table.columns.append(name)
-            found = figures(embed(backbone, lessons, view), lessons, embed(backbone, exam, view), exam, seed=0)
-            for row, value in found.items():
-                table.rows.setdefault(row, {})[name] = value
-        table.units, table.better = dict.fromkeys(table.rows, "%"), dict.fromkeys(table.rows, "higher")
-        table.notes.append("Frozen pooled features. Untaught: random weights, batch norms that have seen the images.")
-    write_result(folder, table, headline=headline(table), command=repeat("obow", folder))
-    table.print()
-    print(f"The student: {folder / 'student'}\nThe page: {write_report(folder)}")
-    return table
-
-
-def draw(folder: Path, config: Config, teacher: MomentumTeacher, words: Vocabularies, images: Images) -> None:
-    """A picture of each level's words, for the page of the run."""
-    seeing = copy.deepcopy(teacher.model)  # in training mode, as it made the words
-    for name in words.levels:
-        path = folder / "pictures" / f"words_{name}.png"
-        draw_words(path, name, words.of(name), seeing, images, partial(whole, views=config.views))
-
-
-def headline(table: Table) -> str:
-    """The probe with fewest labels before and after, in one sentence."""
-    if not table.rows:
-        return "The images have no labels, so the features were not examined."
-    row, cells = next(iter(table.rows.items()))
-    return f"{row}: {cells[TAUGHT]:.1f} % with the learned features, {cells[UNTAUGHT]:.1f} % with random weights."

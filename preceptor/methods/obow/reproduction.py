@@ -1,6 +1,6 @@
 """OBoW's mechanism, and what features it gives beside random weights, raw pixels and a frozen vocabulary.
 
-It imports ``recipes.obow``, its own, to run the method as it ships (see ``preceptor.reproductions``).
+It runs the method as it ships.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from preceptor.distillation.momentum import MomentumTeacher
 from preceptor.engine.run import Run
 from preceptor.evaluation.frozen_features import LABELS, embed, figures, warmed_up
 from preceptor.files import write_whole
-from preceptor.methods.obow.recipe import Config, draw, learn, make
+from preceptor.methods.obow.examination import draw
+from preceptor.methods.obow.recipe import Config, make, teach
 from preceptor.methods.obow.visual_words import Vocabularies
 from preceptor.report.table import Table
 from preceptor.statistics import Claim, compare, mean_of
@@ -149,7 +150,7 @@ def one_arm(arm: str, config: Config, lessons: Images, exam: Images) -> dict[str
         backbone = warmed_up(backbone, lessons)
     else:
         run = Run(config.training, student=student, folder=config.output, config=config, resume=True)
-        learn(run, config, student, teacher, words, lessons)
+        teach(run, config, student, teacher, words, lessons)
         if arm == "obow":
             draw(Path(config.output), config, teacher, words, exam)
         course = history(Path(config.output), config, teacher, words, lessons)

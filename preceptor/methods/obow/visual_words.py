@@ -274,9 +274,9 @@ def bag_divergence(bags: Tensor, logits: Tensor) -> Tensor:
             "views of each image, one image after the other, over the same words."
         )
     views = logits.view(len(bags), -1, logits.shape[1])
-    told = torch.einsum("bk,bnk->bn", bags, views) - views.logsumexp(-1)
+    cross = torch.einsum("bk,bnk->bn", bags, views) - views.logsumexp(-1)
     entropy: Tensor = torch.special.entr(bags).sum(1)
-    return -entropy - told.mean(1)
+    return -entropy - cross.mean(1)
 
 
 def perplexities(bags: Tensor) -> tuple[float, float]:

@@ -18,7 +18,7 @@ from preceptor.evaluation.probing import random_pairs
 from preceptor.methods.minilm import recipe as minilm, reproduction as experiment
 from preceptor.methods.minilm.attention_reader import AttentionTeacher, SelfAttention, pair_up
 from preceptor.methods.minilm.encoders import load_body
-from preceptor.methods.minilm.recipe import Config, learn, main, measure, objective, tiny
+from preceptor.methods.minilm.recipe import Config, main, measure, objective, teach, tiny
 from preceptor.methods.minilm.sentence_study import SentenceExam, Study
 from preceptor.methods.minilm.texts import Texts
 from preceptor.models.loading import load
@@ -102,7 +102,7 @@ def test_what_the_loss_cannot_reach_stays_as_it_was_and_the_teacher_too(config, 
     teacher = AttentionTeacher(SelfAttention(body))
     texts = minilm.prepare(decayed, teacher.teacher, tokenizer)
     run = Run(decayed.training, student=student, folder=tmp_path / "run", config=decayed)
-    learn(run, decayed, teacher, student, texts)
+    teach(run, decayed, teacher, student, texts)
     kept = {name for name, value in student.model.state_dict().items() if torch.equal(value, fresh[name])}
     above = ("attention.output.", "intermediate.", "output.")
     expected = {name for name in fresh if name.startswith(tuple(f"encoder.layer.1.{part}" for part in above))}
@@ -116,15 +116,17 @@ def test_what_the_loss_cannot_reach_stays_as_it_was_and_the_teacher_too(config, 
 def test_causal_and_grouped_models_learn(heads, tmp_path):
     config = Config(relation_heads=heads, training=replace(TRAINING, steps=60), output=str(tmp_path / "run"))
     student = SelfAttention(llama(1, hidden=16, spread=0.05))
-    teach = AttentionTeacher(SelfAttention(llama(0, layers=3)))
+    teacher = AttentionTeacher(SelfAttention(llama(0, layers=3)))
     texts = Texts(sequences(32), sequences(32), 0)
 
-    def told(batch):
-        return teach(batch, scored=not heads)
+    def targets(batch):
+        return teacher(batch, scored=not heads)
 
-    before = measure(config, told, student, texts)
-    learn(Run(config.training, student=student, folder=tmp_path / "run", config=config), config, told, student, texts)
-    after = measure(config, told, student, texts)
+    before = measure(config, targets, student, texts)
+    teach(
+        Run(config.training, student=student, folder=tmp_path / "run", config=config), config, targets, student, texts
+    )
+    after = measure(config, targets, student, texts)
     for name in ("query", "key", "value") if heads else ("attention", "value"):
         assert after[name] < 0.9 * before[name]
         assert after[name] < after[f"{name} uniform"]

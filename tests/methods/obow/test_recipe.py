@@ -116,7 +116,7 @@ def test_the_loss_is_a_sum_over_kinds_and_a_mean_over_levels_views_and_images() 
     config = replace(SMALL, training=replace(SMALL.training, steps=1, learning_rate=1e-9, batch_size=4))
     student, teacher, words = make(config, 1)
     run = Run(config.training, student=student, folder="run", config=config)
-    obow.learn(run, config, student, teacher, words, images(4))
+    obow.teach(run, config, student, teacher, words, images(4))
     line = json.loads((Path("run") / "metrics.jsonl").read_text())
     assert line["loss"] == pytest.approx(line["kl_crops"] + line["kl_patches"], rel=1e-5)
     assert 0 < line["kl_crops"] < math.log(10)
@@ -132,19 +132,19 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not() -> None:
     )
     config = replace(SMALL, training=training)
 
-    def learn(folder: str, *, resume: bool = False) -> tuple[ObowStudent, MomentumTeacher, Vocabularies]:
+    def teach(folder: str, *, resume: bool = False) -> tuple[ObowStudent, MomentumTeacher, Vocabularies]:
         student, teacher, words = make(config, 1)
         run = Run(training, student=student, folder=folder, config=config, resume=resume)
-        obow.learn(run, config, student, teacher, words, images())
+        obow.teach(run, config, student, teacher, words, images())
         return student, teacher, words
 
-    whole = learn("whole")
+    whole = teach("whole")
     shutil.copytree("whole", "stopped")
     newest = sorted(
         (Path("stopped") / "checkpoints").iterdir(), key=lambda path: int("".join(filter(str.isdigit, path.name)))
     )[-1]
     shutil.rmtree(newest) if newest.is_dir() else newest.unlink()
-    parts = learn("stopped", resume=True)
+    parts = teach("stopped", resume=True)
     for one, other in zip(whole, parts):
         first, second = one.state_dict(), other.state_dict()
         assert all(torch.equal(first[name], second[name]) for name in first)
@@ -183,7 +183,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_tells_the_state_of_the_words
     student, teacher, words = make(config, 1)
     run = Run(config.training, student=student, folder="run", config=config)
     with pytest.raises(NonFiniteLoss, match=r"block3: perplexities .* m .*block4") as told:
-        obow.learn(run, config, student, teacher, words, images())
+        obow.teach(run, config, student, teacher, words, images())
     assert told.value.step > 1
 
 
