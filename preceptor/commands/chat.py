@@ -206,7 +206,7 @@ def _begin(config: Config, record: Record) -> Dialogue:
     if record.outcome():
         raise UserError(f"The dialogue in {config.output} has ended ({record.outcome()}): choose another --output.")
     record.drop_partial_line()
-    return dialogue.said(*record.turns())
+    return dialogue.with_turns(*record.turns())
 
 
 def _problem(config: Config) -> Dialogue:
@@ -239,7 +239,7 @@ def _talk(console: Console, config: Config, record: Record, dialogue: Dialogue, 
             dialogue = replace(dialogue, outcome="out of turns")
             break
         turn = _hear(console, config, dialogue) if role == config.person else _ask(console, partner, dialogue)
-        dialogue = ended(dialogue.said(turn))
+        dialogue = ended(dialogue.with_turns(turn))
         kept = asdict(turn)
         record.append({name: kept[name] for name in ("role", "text", "move", "intent")})
         if role != config.person:

@@ -66,7 +66,7 @@ class Turn:
     """What one side says.
 
     ``move`` and ``intent`` are a teacher's (``MOVES``), "" where none is given. ``prefix`` is what stood before the
-    text in a file that was read, None for a turn of our own. ``error``: why nothing was said, where a model failed.
+    text in a file that was read, None for a turn of our own. ``error``: why there is no text, where a model failed.
     """
 
     role: Role
@@ -126,7 +126,7 @@ class Dialogue:
         """The turns of one side."""
         return tuple(turn for turn in self.turns if turn.role == role)
 
-    def said(self, *turns: Turn) -> Dialogue:
+    def with_turns(self, *turns: Turn) -> Dialogue:
         """The dialogue with further turns."""
         return replace(self, turns=(*self.turns, *turns))
 
@@ -138,9 +138,9 @@ def last_line(solution: str) -> str:
 
 def parse_move(mark: str) -> str:
     """The move that a mark in brackets names: any case, an earlier name, or one letter wrong or two; else ""."""
-    said = mark.strip().lower()
-    said = EARLIER_NAMES.get(said, said)
-    near = difflib.get_close_matches(said, MOVES, n=1, cutoff=0.8)
+    name = mark.strip().lower()
+    name = EARLIER_NAMES.get(name, name)
+    near = difflib.get_close_matches(name, MOVES, n=1, cutoff=0.8)
     return near[0] if near else ""
 
 
@@ -182,8 +182,8 @@ def parse_dialogue(record: Mapping[str, Any]) -> Dialogue:
 
 
 def _outcome(record: Mapping[str, Any]) -> Outcome | None:
-    told = record.get("outcome") or SELF_REPORTS.get(str(record.get("self-correctness")))
-    return next((outcome for outcome in OUTCOMES if outcome == told), None)
+    reported = record.get("outcome") or SELF_REPORTS.get(str(record.get("self-correctness")))
+    return next((outcome for outcome in OUTCOMES if outcome == reported), None)
 
 
 def as_record(dialogue: Dialogue) -> dict[str, Any]:
@@ -193,7 +193,7 @@ def as_record(dialogue: Dialogue) -> dict[str, Any]:
         "ground_truth": dialogue.solution,
         "student_incorrect_solution": dialogue.wrong_solution,
         "student_profile": dialogue.persona,
-        "self-correctness": {told: report for report, told in SELF_REPORTS.items()}.get(str(dialogue.outcome)),
+        "self-correctness": {outcome: report for report, outcome in SELF_REPORTS.items()}.get(str(dialogue.outcome)),
         "conversation": BETWEEN.join(turn.written for turn in dialogue.turns),
     }
     record = {**dialogue.facts, **own} if dialogue.facts else own
@@ -235,8 +235,8 @@ def write_dialogues(path: Path, dialogues: Sequence[Dialogue]) -> None:
 def strip_turn(text: str, role: Role, *, name: str = "") -> Turn:
     """What a model wrote for one turn, without its own role prefix, end markers, and any line of the other side.
 
-    A turn ends at an end marker or where the next speaker's cue begins a line: what a model writes on (a whole
-    conversation with itself) is not said. A teacher's turn may begin with its move in brackets.
+    A turn ends at an end marker or where the next speaker's cue begins a line: what a model writes after that (a whole
+    conversation with itself) is left out. A teacher's turn may begin with its move in brackets.
     """
     names = "|".join(re.escape(one) for one in ("teacher", "tutor", "student", "assistant", "user", name) if one)
     cue = re.compile(rf"\s*[*_#>\s]*(?:{names})\s*[*_]*\s*:[*_]*\s*", re.I)
@@ -250,22 +250,27 @@ def strip_turn(text: str, role: Role, *, name: str = "") -> Turn:
     return Turn(role, text[mark.end() :].strip() if mark and move else text, move)
 
 
-def fit_turns(turns: Sequence[Turn], *, room: int, count: Callable[[str], int]) -> tuple[Turn, ...]:
-    """The newest turns that fit into ``room`` tokens: the oldest pair of turns goes first, the newest turn stays.
+def fit_turns(turns: Sequence[Turn], fits: Callable[[tuple[Turn, ...]], bool], *, history: int = 0) -> tuple[Turn, ...]:
+    """The newest turns that fit: the oldest pair of turns goes first, and the newest turn always stays.
 
-    Problem and solution are no turns: leave their tokens out of ``room``, and they are never dropped.
+    A tutor is trained and played with the turns that this function leaves.
+
+    Args:
+        turns: in their order.
+        fits: whether a prompt with these turns is short enough; the problem and the solution are part of the prompt and
+            are never dropped.
+        history: newest turns to begin with; 0: all.
     """
-    kept, sizes = list(turns), [count(turn.text) for turn in turns]
-    while len(kept) > 1 and sum(sizes) > room:
-        dropped = 2 if len(kept) > 2 else 1
-        kept, sizes = kept[dropped:], sizes[dropped:]
-    return tuple(kept)
+    kept = tuple(turns[-history:] if history else turns)
+    while len(kept) > 1 and not fits(kept):
+        kept = kept[2:] if len(kept) > 2 else kept[1:]
+    return kept
 
 
 Side = Callable[[Sequence[Dialogue]], list[Turn]]
 
 
-"""One side of dialogues: for each of them, as it stands, what is said next. All are asked at once."""
+"""One side of dialogues: for each of them, as it stands, the next turn. All are asked at once."""
 
 
 def play(
@@ -280,8 +285,8 @@ def play(
     """Let a teacher and a student talk, all dialogues in lockstep: each round asks each side once, for all.
 
     The teacher opens, the student answers with a first attempt; then follow at most ``rounds`` interventions, each with
-    an answer. A dialogue ends as ``solved`` when what the student says is right, as ``revealed`` when the teacher had
-    said the answer before, ``out of turns`` after the last round, and ``failed`` where a side could not speak.
+    an answer. A dialogue ends as ``solved`` when the student's text is right, as ``revealed`` when the teacher had
+    given the answer before, ``out of turns`` after the last round, and ``failed`` where a side could not speak.
 
     Args:
         teacher: the tutor.
@@ -289,7 +294,7 @@ def play(
         dialogues: as they stand; those with an outcome are left alone, those with turns are taken up.
         rounds: interventions after the opening line.
         solved: whether a student's text ``(text, gold)`` gives the right answer; by default its last or its declared
-            number. A teacher has said the answer where it mentions it.
+            number. A teacher has given the answer where it mentions it.
         shown: called after each round with the rounds that are done, and all.
     """
     if rounds < 0:
@@ -298,9 +303,9 @@ def play(
     for done in range(rounds + 1):
         for side, role in ((teacher, "teacher"), (student, "student")):
             open_ = [place for place, one in enumerate(played) if not one.outcome and _due(one, role, rounds)]
-            said = side([played[place] for place in open_]) if open_ else []
-            for place, turn in zip(open_, said, strict=True):
-                played[place] = ended(played[place].said(turn), solved)
+            turns = side([played[place] for place in open_]) if open_ else []
+            for place, turn in zip(open_, turns, strict=True):
+                played[place] = ended(played[place].with_turns(turn), solved)
         shown(done + 1, rounds + 1)
     return [one if one.outcome else replace(one, outcome="out of turns") for one in played]
 
@@ -317,6 +322,6 @@ def ended(dialogue: Dialogue, solved: Callable[[str, str], bool] = final_is) -> 
     if last.error:
         return replace(dialogue, outcome="failed")
     if last.role == "student" and solved(last.text, dialogue.gold):
-        told = any(mentions(turn.text, dialogue.gold) for turn in dialogue.of("teacher"))  # as telling@k counts it
-        return replace(dialogue, outcome="revealed" if told else "solved")
+        revealed = any(mentions(turn.text, dialogue.gold) for turn in dialogue.of("teacher"))  # as telling@k counts it
+        return replace(dialogue, outcome="revealed" if revealed else "solved")
     return dialogue

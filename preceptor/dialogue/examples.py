@@ -103,7 +103,7 @@ def worked_dialogues() -> list[Dialogue]:
 
 
 def _parse(block: str, name: str) -> Dialogue:
-    problem, solution, wrong, difficulty, *said = block.replace("\n ", " ").split("\n")
-    turns = [parse_turn(text, "student" if place % 2 else "teacher") for place, text in enumerate(said)]
+    problem, solution, wrong, difficulty, *texts = block.replace("\n ", " ").split("\n")
+    turns = [parse_turn(text, "student" if place % 2 else "teacher") for place, text in enumerate(texts)]
     whole, mistaken = solution.replace("\\n", "\n"), wrong.replace("\\n", "\n")
     return Dialogue(problem, whole, mistaken, persona(name, difficulty), tuple(turns))

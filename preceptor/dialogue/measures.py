@@ -18,7 +18,7 @@ from preceptor.errors import UserError
 
 @dataclass(frozen=True)
 class Timing:
-    """When the answer was said first in a dialogue.
+    """When the answer was given first in a dialogue.
 
     ``student``, ``teacher``: the index of that side's first turn that holds the gold answer, counted from 0 at the
     opening line and the first attempt; infinite where there is none. ``final_correct``: whether the student's last
@@ -30,11 +30,11 @@ class Timing:
     final_correct: bool
 
     def solved_by(self, k: int) -> bool:
-        """Whether the student has said the answer after ``k`` interventions (S <= k)."""
+        """Whether the student has given the answer after ``k`` interventions (S <= k)."""
         return self.student <= k
 
-    def told_by(self, k: int) -> bool:
-        """Whether the teacher had said it by then, and not after the student (T <= min(S, k)).
+    def revealed_by(self, k: int) -> bool:
+        """Whether the teacher had given it by then, and not after the student (T <= min(S, k)).
 
         A teacher who confirms what the student has found does not tell. Turn j of the teacher comes before turn j of
         the student, so T = S is telling.
@@ -43,7 +43,7 @@ class Timing:
 
 
 def timing(dialogue: Dialogue, *, strict_final: bool = False, labelled_only: bool = False) -> Timing:
-    """When the answer was said first.
+    """When the answer was given first.
 
     A dialogue that the student opens has the student's indices shifted by one, so that turn j of the teacher still
     comes before turn j of the student; the opening turn of the student then has the index -1.
@@ -59,10 +59,10 @@ def timing(dialogue: Dialogue, *, strict_final: bool = False, labelled_only: boo
     students = [turn for turn in dialogue.of("student") if not labelled_only or _is_labelled(turn.prefix)]
     shift = 1 if dialogue.turns and dialogue.turns[0].role == "student" else 0
     found = (place - shift for place, turn in enumerate(students) if says(turn.text, dialogue.gold))
-    told = (place for place, turn in enumerate(dialogue.of("teacher")) if mentions(turn.text, dialogue.gold))
+    revealed = (place for place, turn in enumerate(dialogue.of("teacher")) if mentions(turn.text, dialogue.gold))
     answers = [turn.text for turn in students if states_number(turn.text)]
     final = bool(answers) and final_is(answers[-1], dialogue.gold)
-    return Timing(next(found, math.inf), next(told, math.inf), final)
+    return Timing(next(found, math.inf), next(revealed, math.inf), final)
 
 
 def _is_labelled(prefix: str | None) -> bool:
@@ -70,7 +70,7 @@ def _is_labelled(prefix: str | None) -> bool:
 
 
 def success_at(timings: Sequence[Timing], k: int) -> float:
-    """success@k: the share of dialogues in which the student has said the answer after k interventions."""
+    """success@k: the share of dialogues in which the student has given the answer after k interventions."""
     _refuse_none(timings)
     return sum(one.solved_by(k) for one in timings) / len(timings)
 
@@ -78,7 +78,7 @@ def success_at(timings: Sequence[Timing], k: int) -> float:
 def telling_at(timings: Sequence[Timing], k: int) -> float:
     """telling@k: the share of dialogues in which the teacher gave the answer away within k interventions."""
     _refuse_none(timings)
-    return sum(one.told_by(k) for one in timings) / len(timings)
+    return sum(one.revealed_by(k) for one in timings) / len(timings)
 
 
 def _refuse_none(timings: Sequence[Timing]) -> None:

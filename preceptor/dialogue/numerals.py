@@ -91,7 +91,7 @@ def states_number(text: str) -> bool:
 
 
 def _readable(text: str) -> str:
-    """The text with number words as digits where there is no digit, and a minus sign after a word told from a minus."""
+    """The text with number words as digits where there is no digit, and a dash after a word not taken for a minus."""
     text = text if re.search(r"\d", text) else in_digits(text)
     return re.sub(r"([A-Za-z]{2}|'s) [-\u2212](?=\d)", r"\1: -", text)
 

@@ -1,6 +1,6 @@
 """Who speaks in a tutoring dialogue: simulated students and tutors, scripted ones and those a language model plays.
 
-Each is a ``dialogue.Side``: a function from dialogues to what is said next in each. Scripted sides give closed forms
+Each is a ``dialogue.Side``: a function from dialogues to the next turn of each. Scripted sides give closed forms
 that measures are tested on; the others ask a ``language.Chat``, one batch for all dialogues.
 
 The student's prompt has MathDial's blocks in its order (Macina et al. 2023, https://arxiv.org/abs/2305.14536): persona,
@@ -10,8 +10,9 @@ history is a chat, whose template gives the cue.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from preceptor.dialogue.dialogue import MOVES, SCAFFOLDING, Dialogue, Role, Side, Turn, fit_turns, last_line, strip_turn
@@ -52,7 +53,7 @@ INSTRUCTIONS = {
 }
 
 
-"""What a teacher who makes a move is told to do."""
+"""What a teacher who makes a move is asked to do."""
 
 
 def persona(name: str, difficulty: str, *, grade: int = 7) -> str:
@@ -140,7 +141,9 @@ class ChatStudent:
         """The student's next turn in each dialogue."""
         asked = []
         for dialogue in dialogues:
-            turns = _fitting(self.chat, self.voice, student_messages(dialogue, ()), dialogue.turns)
+            turns = fit_turns(
+                dialogue.turns, partial(_fits, self.chat, self.voice, partial(student_messages, dialogue))
+            )
             asked.append(student_messages(dialogue, turns))
         return _ask(self.chat, self.voice, asked, dialogues, "student")
 
@@ -150,34 +153,33 @@ class ChatTutor:
     """A tutor played by a language model: prompted, or fine-tuned on what it is asked here.
 
     The opening line is `opening`. ``move``: the move before each of its turns is chosen by it ("" leaves it open).
+    ``history``: newest turns that it reads at most; 0: all that fit.
     """
 
     chat: Chat
     voice: Voice = Voice()
     knowledge: tuple[Knowledge, ...] = ("problem", "solution")
     move: str = ""
+    history: int = 0
 
     def __call__(self, dialogues: Sequence[Dialogue]) -> list[Turn]:
         """The tutor's next turn in each dialogue."""
         begun = [dialogue for dialogue in dialogues if dialogue.turns]
         asked = []
         for dialogue in begun:
-            bare = tutor_messages(dialogue, (), self.knowledge, self.move)
-            turns = _fitting(self.chat, self.voice, bare, dialogue.turns)
-            asked.append(tutor_messages(dialogue, turns, self.knowledge, self.move))
-        said = iter(_ask(self.chat, self.voice, asked, begun, "teacher"))
-        turns_ = [next(said) if dialogue.turns else opening(dialogue) for dialogue in dialogues]
+            prompt = partial(tutor_messages, dialogue, knowledge=self.knowledge, move=self.move)
+            turns = fit_turns(dialogue.turns, partial(_fits, self.chat, self.voice, prompt), history=self.history)
+            asked.append(prompt(turns))
+        written = iter(_ask(self.chat, self.voice, asked, begun, "teacher"))
+        turns_ = [next(written) if dialogue.turns else opening(dialogue) for dialogue in dialogues]
         return [turn if turn.move or not self.move else Turn("teacher", turn.text, self.move) for turn in turns_]
 
 
-def _fitting(chat: Chat, voice: Voice, bare: tuple[Message, ...], turns: Sequence[Turn]) -> tuple[Turn, ...]:
-    """The newest turns that fit beside what is always read."""
-
-    def count(text: str) -> int:
-        return chat.backend.prompt_bound(Request(({"role": "user", "content": text},)))
-
-    room = voice.context - voice.max_tokens - chat.backend.prompt_bound(Request(bare))
-    return fit_turns(turns, room=room, count=count)
+def _fits(
+    chat: Chat, voice: Voice, prompt: Callable[[Sequence[Turn]], tuple[Message, ...]], turns: tuple[Turn, ...]
+) -> bool:
+    """Whether a prompt with these turns leaves room for a turn of ``voice.max_tokens``."""
+    return chat.backend.prompt_bound(Request(prompt(turns))) + voice.max_tokens <= voice.context
 
 
 def _ask(
@@ -251,7 +253,7 @@ def parrot_student(dialogues: Sequence[Dialogue]) -> list[Turn]:
 
 
 def self_correcting_student(after: int) -> Side:
-    """A student who finds the mistake after so many scaffolding moves (focus or probing), told the answer or not."""
+    """A student who finds the mistake after so many scaffolding moves (focus or probing), given the answer or not."""
 
     def say(dialogue: Dialogue) -> Turn:
         helped = sum(turn.move in SCAFFOLDING for turn in dialogue.of("teacher"))

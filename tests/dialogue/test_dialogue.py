@@ -172,12 +172,14 @@ def test_a_tutor_may_begin_with_its_move() -> None:
 
 def test_the_oldest_pairs_go_first() -> None:
     turns = tuple(Turn("teacher" if i % 2 == 0 else "student", f"turn {i}") for i in range(7))
-    count = lambda text: len(text.split())  # noqa: E731
-    assert fit_turns(turns, room=14, count=count) == turns
-    assert fit_turns(turns, room=13, count=count) == turns[2:]
-    assert fit_turns(turns, room=5, count=count) == turns[-1:]
-    assert fit_turns(turns, room=-3, count=count) == turns[-1:]
-    assert fit_turns((), room=-3, count=count) == ()
+    within = lambda most: lambda kept: 2 * len(kept) <= most  # noqa: E731
+    assert fit_turns(turns, within(14)) == turns
+    assert fit_turns(turns, within(13)) == turns[2:]
+    assert fit_turns(turns, within(5)) == turns[-1:]
+    assert fit_turns(turns, within(-3)) == turns[-1:]
+    assert fit_turns((), within(-3)) == ()
+    assert fit_turns(turns, within(14), history=3) == turns[-3:]
+    assert fit_turns(turns, within(5), history=3) == turns[-1:]
 
 
 @pytest.mark.parametrize("after", [1, 2, 4])

@@ -52,9 +52,9 @@ def test_a_student_who_speaks_first_is_shifted() -> None:
     assert timing(talk("it is 6", "Hm", student_first=True)).student == -1
     first = talk("8", "It is 6.", "it is 6", student_first=True)
     assert (timing(first).student, timing(first).teacher) == (0, 0)
-    assert timing(first).told_by(0)
+    assert timing(first).revealed_by(0)
     confirmed = talk("it is 6", "Yes, 6", student_first=True)
-    assert not timing(confirmed).told_by(5)
+    assert not timing(confirmed).revealed_by(5)
 
 
 def test_a_student_who_flips_back_stays_a_success_without_a_right_last_answer() -> None:

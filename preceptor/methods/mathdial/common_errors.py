@@ -258,8 +258,8 @@ def chat_sampler(chat: Chat, settings: CommonErrors, *, seed: int = 0) -> Sample
         if failures and len(failures) == len(replies):
             raise UserError(f"No call for a solution was answered ({failures[0]}): see to the model, and run again.")
         if failures:
-            told = f"{len(failures)} of {len(replies)} calls for solutions failed ({failures[0]})"
-            warnings.warn(f"{told}: their problems have fewer samples.", stacklevel=2)
+            failed = f"{len(failures)} of {len(replies)} calls for solutions failed ({failures[0]})"
+            warnings.warn(f"{failed}: their problems have fewer samples.", stacklevel=2)
         texts = [reply.text for reply in replies]
         return [texts[start : start + settings.samples] for start in range(0, len(texts), settings.samples)]
 

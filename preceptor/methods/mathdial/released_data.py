@@ -136,7 +136,7 @@ def at_k(dialogues: Sequence[Dialogue], name: str) -> list[int]:
     timings = [timing(one, labelled_only="label" in name) for one in kept]
     if name.startswith("success"):
         return [sum(one.solved_by(k) for one in timings) for k in KS]
-    return [sum(one.told_by(k) for one in timings) for k in KS]
+    return [sum(one.revealed_by(k) for one in timings) for k in KS]
 
 
 def scripted_play(path: Path) -> Found:
@@ -147,19 +147,19 @@ def scripted_play(path: Path) -> Found:
     for after in (1, 3, 5):
         held = play(next_step_tutor, self_correcting_student(after), cases, rounds=7)
         step = [len(cases) * (k >= after) for k in KS]
-        found.same(f"constant tutor, student corrects after {after}: success@k", step, _by_k(held, told=False))
-        found.same(f"constant tutor, student corrects after {after}: telling@k", [0] * 7, _by_k(held, told=True))
+        found.same(f"constant tutor, student corrects after {after}: success@k", step, _by_k(held, revealed=False))
+        found.same(f"constant tutor, student corrects after {after}: telling@k", [0] * 7, _by_k(held, revealed=True))
     for at in (1, 4):
         held = play(teller(at), parrot_student, cases, rounds=7)
         step = [len(cases) * (k >= at) for k in KS]
-        found.same(f"teller at {at}, parroting student: success@k", step, _by_k(held, told=False))
-        found.same(f"teller at {at}, parroting student: telling@k", step, _by_k(held, told=True))
+        found.same(f"teller at {at}, parroting student: success@k", step, _by_k(held, revealed=False))
+        found.same(f"teller at {at}, parroting student: telling@k", step, _by_k(held, revealed=True))
     return found
 
 
-def _by_k(dialogues: Sequence[Dialogue], *, told: bool) -> list[int]:
+def _by_k(dialogues: Sequence[Dialogue], *, revealed: bool) -> list[int]:
     timings = [timing(one) for one in dialogues]
-    return [sum(one.told_by(k) if told else one.solved_by(k) for one in timings) for k in KS]
+    return [sum(one.revealed_by(k) if revealed else one.solved_by(k) for one in timings) for k in KS]
 
 
 def filters(folder: Path) -> Found:
@@ -205,13 +205,13 @@ def next_moves(folder: Path, seeds: int) -> dict[str, list[float]]:
     turns, moves = read_moves(folder / "moves_train_window_1.csv")
     asked, truth = read_moves(folder / "moves_test_window_1.csv")
     [(majority, _)] = Counter(moves).most_common(1)
-    said = [NextMove(turns, moves, seed=seed).predict(asked) for seed in range(seeds)]
-    right = [[float(guess == move) for guess, move in zip(guesses, truth)] for guesses in said]
+    predicted = [NextMove(turns, moves, seed=seed).predict(asked) for seed in range(seeds)]
+    right = [[float(guess == move) for guess, move in zip(guesses, truth)] for guesses in predicted]
     return {
         "right": [mean_of(list(one)).mean for one in zip(*right)],
         "majority": [float(move == majority) for move in truth],
         "accuracy": [mean_of(one).mean for one in right],
-        "f1": [float(f1_score(truth, guesses, average="macro")) for guesses in said],
+        "f1": [float(f1_score(truth, guesses, average="macro")) for guesses in predicted],
     }
 
 
@@ -243,9 +243,9 @@ def uptake_ratings(path: Path, seeds: int, encoder: TextEncoder | None) -> dict[
     exchanges = [(row["student_text"], row["teacher_text"]) for row in rows]
     rated = [place for place, row in enumerate(rows) if row["uptake_zscore"]]
     truth = [float(rows[place]["uptake_zscore"]) for place in rated]
-    said, groups = Vectors.of(exchanges, encoder), [row["obs_id"] for row in rows]
+    encoded, groups = Vectors.of(exchanges, encoder), [row["obs_id"] for row in rows]
     simple = [overlap_share(*exchanges[place]) for place in rated]
-    learned = [cross_fitted(said, groups, seed=seed)[rated] for seed in range(seeds)]
+    learned = [cross_fitted(encoded, groups, seed=seed)[rated] for seed in range(seeds)]
     results = [spearmanr(one, truth) for one in (simple, *learned)]
     return {
         "n": [float(len(rated))],

@@ -1,6 +1,6 @@
 """MathDial's measures on the released dialogues, and tutors, moves and uptake beside their baselines.
 
-It imports ``recipes.mathdial``, its own, to run the method as it ships (see ``preceptor.reproductions``).
+It runs the method as it ships.
 """
 
 from __future__ import annotations
@@ -17,27 +17,28 @@ from preceptor.dialogue.tutors import Voice
 from preceptor.errors import UserError
 from preceptor.files import write_whole
 from preceptor.methods.mathdial import released_data as study
-from preceptor.methods.mathdial.recipe import (
-    TRAINING,
-    Config,
-    ReadingSettings,
-    examine,
-    lessons,
-    read_data,
-    split,
-    start,
-    teach,
-    text_figures,
-)
+from preceptor.methods.mathdial.examination import examine, text_figures
+from preceptor.methods.mathdial.recipe import TRAINING, Config, ReadingSettings, start, teach
 from preceptor.methods.mathdial.text_metrics import TextEncoder
+from preceptor.methods.mathdial.turns import lessons, read_data, split
 from preceptor.models.loading import load
 from preceptor.report.table import Table
 from preceptor.statistics import compare, mean_of
 
 
 def data_folder() -> Path:
-    """Where the data of the reproduction lies: ``PRECEPTOR_DATA``, or ``shared/data`` beside the working copy."""
-    return Path(os.environ.get("PRECEPTOR_DATA") or Path(__file__).parents[4] / "shared" / "data")
+    """Where the data of the reproduction lies: ``PRECEPTOR_DATA``.
+
+    Raises:
+        UserError: it is not set, or the dialogues are not there.
+    """
+    named = os.environ.get("PRECEPTOR_DATA")
+    if not named:
+        raise UserError("The reproduction reads MathDial: set PRECEPTOR_DATA to the folder with mathdial/test.jsonl.")
+    test = Path(named) / "mathdial" / "test.jsonl"
+    if not test.exists():
+        raise UserError(f"There are no dialogues at {test}: set PRECEPTOR_DATA to the folder with mathdial/test.jsonl.")
+    return Path(named)
 
 
 def reproduce(seeds: int, folder: Path, full: bool) -> Table:
@@ -50,8 +51,6 @@ def reproduce(seeds: int, folder: Path, full: bool) -> Table:
     """
     data = data_folder()
     test = data / "mathdial" / "test.jsonl"
-    if not test.exists():
-        raise UserError(f"There are no dialogues at {test}: set PRECEPTOR_DATA to the folder with mathdial/test.jsonl.")
     folder.mkdir(parents=True, exist_ok=True)
     encoder = "minilm-l6"
     parts = [study.released_dialogues(test, folder), study.scripted_play(test), study.filters(data / "gsm8k")]

@@ -74,8 +74,8 @@ class TextEncoder:
         vectors: list[Tensor] = [torch.empty(0)] * len(texts)
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            said = [texts[place] for place in chosen]
-            batch = self.tokenizer(said, padding=True, truncation=True, max_length=limit, return_tensors="pt")
+            part = [texts[place] for place in chosen]
+            batch = self.tokenizer(part, padding=True, truncation=True, max_length=limit, return_tensors="pt")
             states = torch.nn.functional.normalize(self.model(**batch).last_hidden_state, dim=-1)
             for place, state, ids in zip(chosen, states, batch["input_ids"]):
                 vectors[place] = state[~torch.isin(ids, special)]

@@ -1,4 +1,4 @@
-"""Uptake: how much a teacher's turn builds on what the student said.
+"""Uptake: how much a teacher's turn builds on the student's turn.
 
 Source: Demszky et al. 2021, Measuring Conversational Uptake (https://arxiv.org/abs/2106.03873). A classifier learns to
 tell true exchanges (s, t) from the student's turn with another teacher's (s, t'); no human rating is used. With
@@ -45,8 +45,8 @@ def words(text: str) -> list[str]:
 
 def overlap_share(student: str, teacher: str) -> float:
     """The share of the student's distinct words that the teacher uses again, in [0, 1]; 0 for a silent student."""
-    said = set(words(student))
-    return len(said & set(words(teacher))) / len(said) if said else 0.0
+    theirs = set(words(student))
+    return len(theirs & set(words(teacher))) / len(theirs) if theirs else 0.0
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,9 @@ class Rarity:
 
 def features(student: str, teacher: str, rarity: Rarity, cosine: float) -> list[float]:
     """What the classifier sees of an exchange: shared words plain and by idf, word pairs, numbers, lengths, cosine."""
-    said, answered = words(student), words(teacher)
-    mine, yours = set(said), set(answered)
-    shared, pairs = mine & yours, set(zip(said, said[1:]))
+    theirs, answered = words(student), words(teacher)
+    mine, yours = set(theirs), set(answered)
+    shared, pairs = mine & yours, set(zip(theirs, theirs[1:]))
     numbers = {word for word in mine if word[0].isdigit()}
     weight = rarity.weight(shared)
     return [
@@ -81,7 +81,7 @@ def features(student: str, teacher: str, rarity: Rarity, cosine: float) -> list[
         math.log1p(weight),
         len(pairs & set(zip(answered, answered[1:]))) / max(1, len(pairs)),
         len(numbers & yours) / max(1, len(numbers)),
-        math.log1p(len(said)),
+        math.log1p(len(theirs)),
         math.log1p(len(answered)),
         cosine,
     ]
@@ -113,12 +113,12 @@ class Vectors:
 
 
 def cross_fitted(
-    said: Vectors, groups: Sequence[str], *, folds: int = 5, seed: int = 0, others: int = 8
+    encoded: Vectors, groups: Sequence[str], *, folds: int = 5, seed: int = 0, others: int = 8
 ) -> npt.NDArray[Any]:
     """The pJSD of every exchange, (exchanges,) in nats, each by a classifier that was trained on other conversations.
 
     Args:
-        said: the exchanges, encoded.
+        encoded: the exchanges, encoded.
         groups: the conversation of each exchange: no conversation is on both sides of a fold.
         folds: classifiers.
         seed: of the random teacher turns.
@@ -131,26 +131,26 @@ def cross_fitted(
 
     if len(set(groups)) < folds:
         raise UserError(f"{len(set(groups))} conversations and {folds} folds: give more conversations.")
-    random, found = np.random.default_rng(seed), np.zeros(len(said.exchanges))
+    random, found = np.random.default_rng(seed), np.zeros(len(encoded.exchanges))
     for train, test in GroupKFold(folds).split(found, groups=groups):
-        rarity = Rarity.of([said.exchanges[place] for place in train])
-        classifier = _fit(said, train, rarity, random, max(1, others // 2))
-        true = classifier.predict_log_proba(said.rows(test, test, rarity))[:, 1]
-        false = [said.rows(test, random.choice(train, len(test)), rarity) for _ in range(others)]
+        rarity = Rarity.of([encoded.exchanges[place] for place in train])
+        classifier = _fit(encoded, train, rarity, random, max(1, others // 2))
+        true = classifier.predict_log_proba(encoded.rows(test, test, rarity))[:, 1]
+        false = [encoded.rows(test, random.choice(train, len(test)), rarity) for _ in range(others)]
         missed = np.mean([classifier.predict_log_proba(rows)[:, 0] for rows in false], axis=0)
         found[test] = math.log(2) + 0.5 * (true + missed)
     return found
 
 
-def _fit(said: Vectors, train: npt.NDArray[Any], rarity: Rarity, random: np.random.Generator, others: int) -> Any:
+def _fit(encoded: Vectors, train: npt.NDArray[Any], rarity: Rarity, random: np.random.Generator, others: int) -> Any:
     """A classifier of true exchanges (1) against those with another teacher's turn (0), balanced."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    rows = said.rows(train, train, rarity)
+    rows = encoded.rows(train, train, rarity)
     for _ in range(others):
-        rows += said.rows(train, random.choice(train, len(train)), rarity)
+        rows += encoded.rows(train, random.choice(train, len(train)), rarity)
     labels = [1] * len(train) + [0] * (others * len(train))
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, class_weight="balanced"))
     return model.fit(rows, labels)

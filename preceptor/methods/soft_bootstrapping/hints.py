@@ -197,7 +197,7 @@ class Hinted:
     """
 
     def __init__(self, said: Teacher, shown: Listed[HintedPair], pad_id: int) -> None:
-        self.said, self.pad_id = said, pad_id
+        self.targets_of, self.pad_id = said, pad_id
         self.heard: Mapping[Sequence, Sequence] = {one.student: one.teacher for one in shown}
         for one in shown:
             mine, theirs = _reply(one.student), _reply(one.teacher)
@@ -211,7 +211,7 @@ class Hinted:
     def __call__(self, batch: Batch) -> SoftTargets:
         """Packed rows, one for each reply token, in the order of the student's ``batch.predicts``."""
         heard = collate([self.heard[one] for one in batch.sequences()], self.pad_id).to(batch.input_ids.device)
-        targets = self.said(heard)
+        targets = self.targets_of(heard)
         if isinstance(targets, HiddenTargets) and targets.hidden.dim() == 3:
             return HiddenTargets(targets.hidden[heard.predicts], targets.head)
         if isinstance(targets, LogitTargets) and targets.logits.dim() == 3:

@@ -70,7 +70,7 @@ class ShuffledReplies:
     """The control: each example gets what the teacher said of another one's reply, cut or held to its length."""
 
     def __init__(self, said: Hinted, shown: list[HintedPair]) -> None:
-        self.said = said
+        self.targets_of = said
         around = [*shown[1:], *shown[:1]]
         self.partner = {one.student: other.student for one, other in zip(shown, around)}
 
@@ -78,7 +78,7 @@ class ShuffledReplies:
         """Packed rows, as many for each example as its own reply has tokens."""
         rows: list[Tensor] = []
         for one in batch.sequences():
-            said = self.said(collate([self.partner[one]], self.said.pad_id).to(batch.input_ids.device))
+            said = self.targets_of(collate([self.partner[one]], self.targets_of.pad_id).to(batch.input_ids.device))
             assert isinstance(said, HiddenTargets)
             head, places = said.head, torch.arange(one.response.count(True)).clamp(max=len(said.hidden) - 1)
             rows.append(said.hidden[places.to(said.hidden.device)])

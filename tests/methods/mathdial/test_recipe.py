@@ -1,4 +1,5 @@
 import json
+from collections.abc import Sequence as Listed
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,10 +8,13 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from preceptor.data.encoding import encode_prompt
 from preceptor.dialogue.dialogue import Dialogue, Turn
 from preceptor.dialogue.examples import worked_dialogues
+from preceptor.dialogue.tutors import ChatTutor, Voice
 from preceptor.errors import UserError
-from preceptor.language import Chat, Request, Scripted
+from preceptor.language import Answer, Chat, Request, Scripted
+from preceptor.language.local import LocalModel
 from preceptor.methods.mathdial import recipe as mathdial, reproduction as experiment
 from preceptor.methods.mathdial.common_errors import (
     CommonErrors,
@@ -23,17 +27,9 @@ from preceptor.methods.mathdial.common_errors import (
     read_problems,
     steps_of,
 )
+from preceptor.methods.mathdial.examination import loss_by_problems
 from preceptor.methods.mathdial.next_move import NextMove, counts, read_moves
-from preceptor.methods.mathdial.recipe import (
-    Config,
-    ReadingSettings,
-    encode_pair,
-    lessons,
-    loss_by_problems,
-    make_pairs,
-    read_data,
-    split,
-)
+from preceptor.methods.mathdial.recipe import Config, ReadingSettings, as_trained
 from preceptor.methods.mathdial.released_data import (
     filters,
     next_move_claims,
@@ -41,6 +37,7 @@ from preceptor.methods.mathdial.released_data import (
     uptake_claims,
     uptake_ratings,
 )
+from preceptor.methods.mathdial.turns import encode_pair, lessons, make_pairs, read_data, split
 from preceptor.models.language_model import LanguageModel
 from preceptor.models.loading import load
 from preceptor.statistics import compare
@@ -324,3 +321,49 @@ def test_the_hubs_records_have_the_same_form(monkeypatch: pytest.MonkeyPatch) ->
     assert first == second
     assert isinstance(first, Dialogue)
     assert [turn.move for turn in first.turns] == ["focus", ""]
+
+
+class Recorded:
+    """A local model that writes nothing and keeps the prompts that it was given."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.model = LocalModel(model)
+        self.identity, self.group, self.prompts = "recorded", 64, []
+
+    def prompt_bound(self, request: Request) -> int:
+        return self.model.prompt_bound(request)
+
+    async def answer(self, requests: Listed[Request]) -> list[Answer]:
+        self.prompts += [request.messages for request in requests]
+        return [Answer("Next?", 1, 1) for _ in requests]
+
+    async def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("history", [0, 1, 3])
+def test_a_tutor_reads_in_play_what_it_read_in_training(model: LanguageModel, history: int) -> None:
+    """For every turn of every dialogue, at budgets that cut nothing, something, and all but the newest turn."""
+    cut = set()
+    for dialogue in worked_dialogues():
+        for place in range(1, len(dialogue.turns)):
+            before, turn = replace(dialogue, turns=dialogue.turns[:place]), Turn("teacher", "Next?")
+            if before.turns[-1].role == "teacher":
+                continue
+            for length in (140, 180, 220, 260, 300, 400, 2048):
+                reading = ReadingSettings(history=history, max_length=length)
+                tokens = encode_pair(before, turn, Config(reading=reading), model.tokenizer)
+                if tokens is None:
+                    continue
+                backend = Recorded(model)
+                voice = Voice(context=length, max_tokens=len(tokens.ids) - len(tokens.prompt))
+                ChatTutor(Chat(backend, shown=False), voice, reading.knowledge, history=history)([before])
+                assert tuple(tokens.prompt) == tuple(encode_prompt(backend.prompts[0], model.tokenizer))
+                cut.add(len(backend.prompts[0]) < 1 + place)
+    assert cut == ({True} if history == 1 else {True, False})
+
+
+def test_the_fine_tuned_tutor_is_played_as_it_was_trained(model: LanguageModel) -> None:
+    config = Config(reading=ReadingSettings(("problem",), history=3, max_length=222))
+    tutor = as_trained(config, model)
+    assert (tutor.history, tutor.voice.context, tutor.knowledge) == (3, 222, ("problem",))
