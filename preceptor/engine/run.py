@@ -19,7 +19,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from preceptor.engine.metrics import Line, Metrics
 from preceptor.engine.progress_bar import Bar, describe
 from preceptor.engine.run_folder import open_folder, write_environment
 from preceptor.engine.settings import Training
+from preceptor.engine.snapshots import Snapshots, Stateful
 from preceptor.errors import UserError
 
 T = TypeVar("T")
@@ -46,21 +47,11 @@ class NonFiniteLoss(UserError):
     """
 
     def __init__(self, text: str, *, step: int, indices: list[int], checkpoint: Path | None) -> None:
-        """Keeps what the sentence names, for those who catch it."""
+        """Keeps what the sentence names, for the caller that catches it."""
         super().__init__(text)
         self.step = step
         self.indices = indices
         self.checkpoint = checkpoint
-
-
-class Stateful(Protocol):
-    """What `Run.remember` keeps: a state of tensors, numbers, text, lists and dicts."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state."""
-
-    def load_state_dict(self, state: dict[str, Any], /) -> object:
-        """Takes the state back."""
 
 
 class Run:
@@ -99,8 +90,7 @@ class Run:
         """
         # An earlier run of this process lies in a reference cycle, and with it weights and moments as large as these.
         gc.collect()
-        self.training = training
-        self.folder = Path(folder)
+        self.training, self.folder = training, Path(folder)
         self.accelerator = distribution.start(training.precision, training.trackers, self.folder)
         self.device: torch.device = self.accelerator.device
         self.is_main: bool = self.accelerator.is_main_process
@@ -108,34 +98,26 @@ class Run:
             open_folder(self.folder, config if config is not None else training, resume=resume)
         self.accelerator.wait_for_everyone()
         distribution.seed(training.seed, self.accelerator)
-        self.unwrapped = student
-        self._learners: dict[str, distribution.Learner] = {}
-        for name, module in {"student": student, **(modules or {})}.items():
-            settings = (module_training or {}).get(name, training)
-            self._learners[name] = distribution.prepare(name, module, settings, self.accelerator, shard=training.shard)
+        self.unwrapped, own = student, module_training or {}
+        self._learners = {
+            name: distribution.prepare(name, module, own.get(name, training), self.accelerator, shard=training.shard)
+            for name, module in {"student": student, **(modules or {})}.items()
+        }
         self.student = self._learners["student"].module
         self.modules = {name: learner.module for name, learner in self._learners.items() if name != "student"}
-        self.step = 0
         self._total = training.steps
-        self._remembered: dict[str, Stateful] = {}
-        self._apart: set[str] = set()
-        self._waiting: dict[str, Any] = {}
         self._line: Line | None = None
         self._indices: list[int] = []
         self._micro: int | None = None
-        self._items = 0
+        self._items, self._last = 0, True
         self._idle = self._in_split = False
-        self._last = True
         self._begun = time.perf_counter()
-        self._saved = -1
-        self._random: dict[str, Any] | None = None
-        self._frozen = {name: checkpoint.fingerprint(learner.frozen) for name, learner in self._learners.items()}
-        length = self._restore() if resume else 0
+        self._snapshots = Snapshots(self.folder / "checkpoints", self._learners, self.accelerator, keep=training.keep)
+        self.step, length = self._snapshots.restore() if resume else (0, 0)
         self._bar = Bar("step", shown=self.is_main)
-        self._metrics: Metrics | None = None
         if self.is_main:
             write_environment(self.folder, config, self.device, training.seed, provenance or {})
-            self._metrics = Metrics(self.folder / "metrics.jsonl", length=length)
+        self._metrics = Metrics(self.folder / "metrics.jsonl", length=length) if self.is_main else None
         if training.trackers:
             self.accelerator.init_trackers("preceptor", config=distribution.flat(training))
 
@@ -177,7 +159,7 @@ class Run:
         order, drawn = np.empty(0, dtype=np.int64), -1
         try:
             self._close_step()
-            self._resume_random()
+            self._snapshots.restore_random()
             while self.step < last:
                 epoch, batch = divmod(self.step, a_pass)
                 if epoch != drawn:
@@ -207,7 +189,7 @@ class Run:
             raise UserError("A step without examples: every process needs at least one.")
         if self._micro is None:
             self._close_step()
-            self._resume_random()
+            self._snapshots.restore_random()
             self._begun = time.perf_counter()
         idle, world = self._idle, self.accelerator.num_processes
         micro = self.training.accumulate if self._micro is None else self._micro
@@ -283,11 +265,7 @@ class Run:
             thing: what has it.
             apart: it differs from process to process, and each keeps its own; else that of the main one is kept.
         """
-        self._remembered[name] = thing
-        if apart:
-            self._apart.add(name)
-        if name in self._waiting:
-            thing.load_state_dict(self._waiting.pop(name))
+        self._snapshots.remember(name, thing, apart=apart)
 
     def log(self, **values: float | int | str | None) -> None:
         """Adds values (an evaluation, a setting that moves) to the step's line in metrics.jsonl."""
@@ -307,7 +285,7 @@ class Run:
     def finish(self) -> None:
         """Ends the last step, saves, and closes what is open; the modules are out of autocast from here on."""
         self._close_step()
-        self._save()
+        self._snapshots.save(self.step, self._metrics)
         for learner in self._learners.values():
             learner.release()
         self._bar.close()
@@ -324,7 +302,7 @@ class Run:
             return
         if not bad:
             raise UserError(f"Step {step} counted nothing to learn from (rows {self._indices}): check the masks.")
-        last = checkpoint.newest(self.folder / "checkpoints")
+        last = checkpoint.newest(self._snapshots.folder)
         if self._metrics is not None:
             self._metrics.flush()
         place = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
@@ -333,12 +311,6 @@ class Run:
             f"{self._indices} of the data): lower the learning rate or look at these rows; {place}."
         )
         raise NonFiniteLoss(text, step=step, indices=self._indices, checkpoint=last)
-
-    def _resume_random(self) -> None:
-        # Not before the first step: what the recipe does ahead of its loop draws random numbers too.
-        if self._random is not None:
-            checkpoint.restore_random_state(self._random)
-            self._random = None
 
     def _stepped(self) -> bool:
         """Whether the student has taken the current step, which is not closed yet."""
@@ -356,44 +328,4 @@ class Run:
         if self._total is not None and (self._bar.due or self.step >= self._total):
             self._bar.show(self.step, self._total, describe(line))
         if self.training.save_every and self.step % self.training.save_every == 0:
-            self._save()
-
-    def _save(self) -> None:
-        if self._saved == self.step:
-            return
-        tensors: dict[str, Tensor] = {}
-        for learner in self._learners.values():
-            learner.take_state(tensors)
-        states = distribution.gather_objects(checkpoint.random_state(), self.accelerator)
-        things = {name: thing.state_dict() for name, thing in self._remembered.items()}
-        apart = distribution.gather_objects({name: things.pop(name) for name in self._apart}, self.accelerator)
-        header: dict[str, Any] = {
-            "random": checkpoint.take_tensors(states, "random", tensors),
-            "remembered": checkpoint.take_tensors(things, "remembered", tensors),
-            "apart": checkpoint.take_tensors(apart, "apart", tensors),
-            "frozen": self._frozen,
-        }
-        if self._metrics is not None:
-            header["metrics_bytes"] = self._metrics.flush(to_disk=True)
-            checkpoint.write(self.folder / "checkpoints", self.step, tensors, header, keep=self.training.keep)
-        self.accelerator.wait_for_everyone()
-        self._saved = self.step
-
-    def _restore(self) -> int:
-        """Takes up the newest whole checkpoint and returns how long metrics.jsonl was then, in bytes."""
-        path = checkpoint.newest(self.folder / "checkpoints")
-        if path is None:
-            return 0
-        header, tensors = checkpoint.read_header(path), checkpoint.read_tensors(path)
-        if header["frozen"] != self._frozen:
-            raise UserError(f"The frozen weights are not those {path} was trained on: resume with the same base model.")
-        for learner in self._learners.values():
-            learner.put_state(tensors)
-        rank, states = self.accelerator.process_index, checkpoint.put_tensors(header["random"], tensors)
-        if len(states) == self.accelerator.num_processes:
-            self._random = states[rank]
-        apart = checkpoint.put_tensors(header.get("apart", []), tensors) or [{}]
-        self._waiting = checkpoint.put_tensors(header["remembered"], tensors) | apart[rank % len(apart)]
-        self.step = self._saved = header["step"]
-        length: int = header["metrics_bytes"]
-        return length
+            self._snapshots.save(self.step, self._metrics)
