@@ -8,9 +8,8 @@ from importlib import metadata
 def missing_packages(extra: str) -> list[str] | None:
     """The packages of ``extra`` that are not installed, by their names on the package index.
 
-    None where that is not known, since Preceptor itself runs from its source without being installed.
-
-    The package's own metadata says what an extra needs, so that no second list can disagree with it.
+    None where that is not known, because Preceptor runs from its source without being installed. What an extra needs is
+    read from the package's own metadata, so that there is no second list.
     """
     try:
         requirements = metadata.requires("preceptor") or []

@@ -84,6 +84,23 @@ def test_light_commands_import_no_torch(words: list[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_help_of_a_method_or_a_command_imports_no_model_library() -> None:
+    """``--help`` of each, one after another in one process."""
+    every = [["run", method.name] for method in find_methods()] + [[name] for name in cli.MODULES]
+    assert len(every) > 6
+    script = (
+        "import sys\nfrom preceptor.cli import main\n"
+        f"for words in {every!r}:\n"
+        "    try:\n        status = main([*words, '--help'])\n"
+        "    except SystemExit as stop:\n        status = stop.code\n"
+        "    heavy = {'transformers', 'peft', 'accelerate', 'datasets'} & set(sys.modules)\n"
+        "    assert not status, (words, status)\n    assert not heavy, (words, heavy)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage: preceptor") == len(every)
+
+
 def test_help_names_every_command() -> None:
     shown = run("--help")
     assert shown.returncode == 0

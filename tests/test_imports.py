@@ -88,7 +88,7 @@ def test_a_recipe_has_the_form(recipe: Path) -> None:
     own = [setting for setting in read_settings(recipe) if "." not in setting.name]
     assert {"output", "resume", "training"} <= {setting.name for setting in own}
     assert len(own) <= 16, "at most 15 fields and the training"
-    assert all(setting.help for setting in read_settings(recipe)), "every setting says its unit or its symbol"
+    assert all(setting.help for setting in read_settings(recipe)), "every setting gives its unit or its symbol"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)

@@ -38,7 +38,7 @@ class Config:
     teacher: str = "smollm2"
     """A model's name, folder or GGUF file."""
     kind: Literal["auto", "top_k", "sampled", "hidden"] = "auto"
-    """Kind of targets; auto measures a sample of each at the budget and says why it chose."""
+    """Kind of targets; auto measures a sample of each at the budget and prints why it chose."""
     budget: float = 200.0
     """Bytes a token, from which every parameter follows that is not given."""
     tolerance: float | None = None

@@ -1,6 +1,6 @@
 """Look at the installation and the machine: versions, devices, models, and whether a training fits into memory.
 
-Nothing is loaded: a model's memory is estimated from its configuration (``preceptor.memory``).
+Nothing is loaded: a model's memory is estimated from its configuration (``preceptor.models.memory``).
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def main(config: Config) -> int:
 
 
 def versions() -> dict[str, str]:
-    """Python's and the packages' versions."""
+    """The versions of Python and of the packages."""
     found = {"python": f"{platform.python_version()} on {platform.system()} {platform.machine()}"}
     for package in PACKAGES:
         try:
@@ -134,7 +134,7 @@ def machine() -> dict[str, str]:
 
 
 def extras() -> dict[str, str]:
-    """Which extras are whole, and the line that installs the others."""
+    """Which extras are installed, and the command that installs the others."""
     found = {}
     for extra in EXTRAS:
         missing = missing_packages(extra)
@@ -197,8 +197,8 @@ def _judge(console: Console, config: Config, need: Need) -> int:
         console.print(f"[green]It fits[/green]: {left / GIB:.1f} GiB are left of {free / GIB:.1f} GiB that are free.")
         return 0
     console.print(
-        f"[red]It does not fit[/red]: {-left / GIB:.1f} GiB are lacking. Raise training.accumulate (fewer examples at "
-        "a time), shorten the examples, or choose bf16, a teacher in bfloat16, a cache of what it says, or lora:rank=8."
+        f"[red]It does not fit[/red]: {-left / GIB:.1f} GiB are missing. Raise training.accumulate (fewer examples at "
+        "a time), shorten the examples, or choose bf16, a bfloat16 teacher, cached soft targets, or lora:rank=8."
     )
     return 1
 

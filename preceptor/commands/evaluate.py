@@ -41,21 +41,21 @@ class Config:
     teacher: str = ""
     """Its teacher, by name or folder; empty: the run's own, else ``smollm2``."""
     untaught: str = ""
-    """The student before it was taught, as ``teacher:layers=10`` or a name; empty: as the run says, else no column."""
+    """The student before it was taught, as ``teacher:layers=10`` or a name; empty: the run's own, else no column."""
     labels_only: str = ""
     """A student that was taught by labels only, by name or folder; empty: no column."""
     data: str = ""
     """Held-out text with answers; empty: the run's own exam, else embedded prompts that the teacher answers."""
     limit: int = 32
-    """At most so many held-out examples."""
+    """Largest number of held-out examples."""
     max_length: int = 512
     """Tokens of an example, prompt and answer together."""
     answer_length: int = 64
-    """Tokens of an answer that a model writes: own samples, and those shown side by side."""
+    """Largest number of tokens of an answer that a model writes."""
     shown: int = 4
     """Prompts whose answers are shown side by side."""
     seed: int = 0
-    """Seed of everything that is drawn."""
+    """Seed of all random numbers."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of all models."""
     output: str = ""
@@ -103,7 +103,7 @@ def main(config: Config) -> None:
 
 
 def _command(config: Config) -> str:
-    """The words that repeat an evaluation: the student, and every setting that is not the default."""
+    """The command that repeats an evaluation: the student, and every setting that is not the default."""
     words = ["preceptor", "evaluate", config.student]
     for setting in fields(config)[1:]:
         value = getattr(config, setting.name)
@@ -160,13 +160,13 @@ def _held_out(
 ) -> tuple[list[Sequence], list[tuple[Message, ...]]]:
     """The text of the evaluation, and the conversations whose answers are shown.
 
-    It is what was given, else the run's own exam, else embedded prompts with answers that the teacher writes now.
+    It is the data given, else the run's own exam, else embedded prompts with answers that the teacher writes now.
     """
     lessons = None if run is None else run / "lessons.jsonl"
     if config.data:
         examples = read(config.data, limit=config.limit)
         turns = [example.messages for example in examples if example.messages]
-        asked = [said[:-1] if said[-1]["role"] == "assistant" else said for said in turns]
+        asked = [messages[:-1] if messages[-1]["role"] == "assistant" else messages for messages in turns]
         shown = [conversation for conversation in asked if conversation]
         return encode(examples, teacher.tokenizer, max_length=config.max_length), shown[: config.shown]
     if lessons is not None and lessons.is_file():

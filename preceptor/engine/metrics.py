@@ -1,4 +1,4 @@
-"""What a run says while it works: a line a step in ``metrics.jsonl``, and a progress bar."""
+"""What a run measures: one line for each step in ``metrics.jsonl``."""
 
 from __future__ import annotations
 

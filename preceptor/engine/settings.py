@@ -23,21 +23,21 @@ class Training:
     accumulate: int = 1
     """Micro-batches an optimizer step and process; more of them need less memory and change nothing else."""
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
-    """Update rule: adamw (decoupled decay), adam, or sgd (momentum 0.9 unless `momentum` says otherwise)."""
+    """Update rule: adamw (decoupled decay), adam, or sgd (with `momentum`)."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 0.0
-    """Decay of weights with two dimensions or more; biases and norms are left alone."""
+    """Decay of weights with two dimensions or more; biases and norms have none."""
     momentum: float = 0.9
     """Momentum of sgd; the first beta of adam and adamw."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """Course of the learning rate after the warm-up: kept, or down to zero at the last step."""
+    """Learning rate after the warm-up: constant, or down to zero at the last step."""
     warmup: float = 0.0
-    """Linear warm-up: below 1 a share of all steps, from 1 on a number of steps."""
+    """Linear warm-up: below 1 a share of all steps, from 1 a number of steps."""
     clip: float | None = 1.0
-    """Largest norm of the gradient (of the mean loss); None leaves it as it is."""
+    """Largest norm of the gradient of the mean loss; None does not clip."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 runs the forward pass under autocast; weights and optimizer stay as they are."""
+    """bf16 runs the forward pass under autocast; weights and optimizer keep their precision."""
     shard: bool = False
     """Split weights, gradients and optimizer over the processes (FSDP2) rather than copy them to each (DDP)."""
     seed: int = 0
@@ -47,12 +47,12 @@ class Training:
     evaluate_every: int = 0
     """Optimizer steps between evaluations; 0 is never (the recipe evaluates at the end)."""
     keep: int = 2
-    """Whole checkpoints that stay on the disk."""
+    """Checkpoints that are kept on the disk."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Experiment trackers that get the metrics too."""
+    """Experiment trackers that receive the metrics too."""
 
     def __post_init__(self) -> None:
-        """Refuses settings that cannot be meant, with one sentence each."""
+        """Refuses impossible settings, with one sentence each."""
         if self.steps is not None and self.epochs is not None:
             raise UserError("Both steps and epochs are given: set the other one to None, as in --training.epochs None.")
         for name in ("steps", "epochs", "batch_size", "accumulate", "learning_rate", "clip", "keep"):

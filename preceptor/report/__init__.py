@@ -14,7 +14,7 @@ def write_report(folder: str | Path) -> Path:
     """Write ``report.html`` into a folder, one page without any outside request, and return its path.
 
     It shows what is there: a run that is not finished, or one without samples, gets a shorter page. Everything read
-    from the folder is escaped. The curves need matplotlib (the extra ``report``); without it the page says so.
+    from the folder is escaped. The curves need matplotlib (the extra ``report``); without it the page names the extra.
 
     Raises:
         UserError: no such folder, nothing of a run in it, a file that is not what a run writes, or no permission.

@@ -1,4 +1,4 @@
-"""The page: everything that it shows is escaped, and it asks nothing of any other place."""
+"""The page of a run as HTML: everything that it shows is escaped, and it makes no outside request."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def render(contents: Contents) -> str:
 
 
 def headline(contents: Contents) -> str:
-    """The main figure in one sentence: the run's own, else what claims, table or metrics say."""
+    """The main figure in one sentence: the run's own headline, else one from claims, table or metrics."""
     if contents.headline:
         return contents.headline
     table = contents.table
@@ -194,11 +194,11 @@ def _curves(contents: Contents) -> str:
         drawn = [(curve, draw(curve)) for curve in curves]
     except ModuleNotFoundError:
         missing = 'The curves need matplotlib: <code>pip install "preceptor[report]"</code>, then write the page again.'
-        return f"<section>\n<h2>How it went</h2>\n<p>{missing}</p>\n</section>"
+        return f"<section>\n<h2>Curves</h2>\n<p>{missing}</p>\n</section>"
     figures = "\n".join(
         f"<figure><figcaption>{escape(c.title)}{_key(c)}</figcaption>{svg}</figure>" for c, svg in drawn
     )
-    return f'<section>\n<h2>How it went</h2>\n<div class="curves">{figures}</div>\n</section>'
+    return f'<section>\n<h2>Curves</h2>\n<div class="curves">{figures}</div>\n</section>'
 
 
 def _key(curve: Curve) -> str:
@@ -218,7 +218,7 @@ def _samples(contents: Contents) -> str:
         shown.append(
             f'<article><blockquote>{escape(sample.prompt)}</blockquote><div class="answers">{answers}</div></article>'
         )
-    return "<section>\n<h2>What they say</h2>\n" + "\n".join(shown) + "\n</section>"
+    return "<section>\n<h2>Samples</h2>\n" + "\n".join(shown) + "\n</section>"
 
 
 def _pictures(contents: Contents) -> str:
@@ -227,9 +227,7 @@ def _pictures(contents: Contents) -> str:
         f"<figcaption>{escape(picture.caption)}</figcaption></figure>"
         for picture in contents.pictures
     )
-    return (
-        f'<section>\n<h2>What it looks like</h2>\n<div class="pictures">{figures}</div>\n</section>' if figures else ""
-    )
+    return f'<section>\n<h2>Pictures</h2>\n<div class="pictures">{figures}</div>\n</section>' if figures else ""
 
 
 def _repeat(contents: Contents) -> str:
@@ -243,7 +241,7 @@ def _repeat(contents: Contents) -> str:
     if not commands:
         return ""
     listed = "\n".join(dict.fromkeys(commands))
-    return f"<section>\n<h2>To do it again</h2>\n<pre>{escape(listed)}</pre>\n</section>"
+    return f"<section>\n<h2>Commands to repeat it</h2>\n<pre>{escape(listed)}</pre>\n</section>"
 
 
 def _pairs(title: str, values: Mapping[str, Any]) -> str:

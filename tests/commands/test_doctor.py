@@ -75,9 +75,9 @@ ids = torch.randint(0, config.vocab_size, (batch, length))
 for _ in range(2):
     optimizer.zero_grad()
     with torch.no_grad():
-        said = teacher.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        targets = teacher.base_model(input_ids=ids, use_cache=False).last_hidden_state
     hidden = student.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    loss = divergence(hidden, Head(student.lm_head.weight), HiddenTargets(said, Head(teacher.lm_head.weight)))
+    loss = divergence(hidden, Head(student.lm_head.weight), HiddenTargets(targets, Head(teacher.lm_head.weight)))
     loss.sum.backward()
     optimizer.step()
 status = pathlib.Path("/proc/self/status")
@@ -89,6 +89,7 @@ print(json.dumps({"before": before, "peak": peak}))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="resource is not there")
 def test_the_estimate_is_near_what_a_training_takes(teacher: str, root: Path) -> None:
     """Two real steps in a process of their own, against the estimate without the process's own share."""

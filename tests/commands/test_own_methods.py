@@ -150,6 +150,7 @@ def test_it_runs_and_resumes_as_a_built_in_does(write, capsys: pytest.CaptureFix
     assert measured("out/again") == measured("out/whole")
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_runs_it(root: Path) -> None:
     folder(relative=False)
     command = [sys.executable, "-m", "preceptor", "run", "./mine", "--tiny"]

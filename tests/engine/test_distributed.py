@@ -100,9 +100,9 @@ def learn(
             exchanges.append((run.step, run.student.require_backward_grad_sync))
         ids, labels = data[rows, :-1], data[rows, 1:].clone()
         labels[torch.arange(8)[None] >= lengths[rows][:, None]] = -100
-        logits, said = run.student(ids), teacher(ids).softmax(-1)
+        logits, targets = run.student(ids), teacher(ids).softmax(-1)
         nll = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-        soft = -(said * logits.log_softmax(-1)).sum(-1)[labels >= 0].sum()
+        soft = -(targets * logits.log_softmax(-1)).sum(-1)[labels >= 0].sum()
         run.update(nll + soft, (labels >= 0).sum(), {"soft": soft})
     else:
         run.finish()
@@ -122,6 +122,9 @@ def in_two_processes(folder: Path) -> None:
         assert not (folder / name / "stopped" / "student.safetensors").exists()
         learn(folder / name / "stopped", 17, training, processes=2, resume=True)
         learn(folder / name / "left", 17, training, processes=2, stop_at=3)
+
+
+pytestmark = pytest.mark.slow  # the first test starts two processes
 
 
 @pytest.fixture(scope="module")

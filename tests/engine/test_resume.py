@@ -176,6 +176,7 @@ def same(folder: Path, other: Path) -> None:
     assert not list((folder / "checkpoints").glob(".*"))
 
 
+@pytest.mark.slow
 def test_five_kills_at_random_points_change_nothing(whole: tuple[Path, dict[str, int]], tmp_path: Path) -> None:
     reference, counts = whole
     chance = random.SystemRandom()
@@ -339,18 +340,18 @@ def learn_on_a_full_disk(folder: Path, report: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
     try:
         small(folder, steps=3, resume=True)
-        told = "nothing"
+        message = "nothing"
     except UserError as error:
-        told = str(error)
+        message = str(error)
     after = {path.name: (path / checkpoint.WEIGHTS).read_bytes() for path in (folder / "checkpoints").iterdir()}
-    report.write_text(json.dumps({"told": told, "untouched": before == after}))
+    report.write_text(json.dumps({"message": message, "untouched": before == after}))
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_the_former_checkpoint(tmp_path: Path) -> None:
     assert finish(learn_on_a_full_disk, tmp_path / "run", tmp_path / "report.json") == 0
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["told"].startswith("No room on the disk for the checkpoint of step 2")
-    assert "--resume" in report["told"]
+    assert report["message"].startswith("No room on the disk for the checkpoint of step 2")
+    assert "--resume" in report["message"]
     assert report["untouched"]
     run = small(tmp_path / "run", steps=3, resume=True)
     assert run.step == 3
@@ -359,7 +360,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_former_checkpoint(tmp_path: 
 
 def learn_without_permission(folder: Path, report: Path) -> None:
     """As somebody who may not write there; root may write anywhere, so it becomes nobody first."""
-    told = []
+    messages = []
     with report.open("w") as file:
         if os.geteuid() == 0:
             os.setuid(65534)
@@ -367,16 +368,16 @@ def learn_without_permission(folder: Path, report: Path) -> None:
             try:
                 small(place)
             except UserError as error:
-                told.append(str(error))
-        json.dump(told, file)
+                messages.append(str(error))
+        json.dump(messages, file)
 
 
 def test_a_folder_without_permission_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "closed").mkdir(mode=0o500)
     assert finish(learn_without_permission, tmp_path, tmp_path / "report.json") == 0
-    told = json.loads((tmp_path / "report.json").read_text())
-    assert told
-    assert all("Permission denied" in text and "choose a folder that you may write" in text for text in told)
+    messages = json.loads((tmp_path / "report.json").read_text())
+    assert messages
+    assert all("Permission denied" in text and "choose a folder that you may write" in text for text in messages)
     assert not list((tmp_path / "closed").iterdir())
 
 

@@ -174,8 +174,8 @@ def test_a_discriminator_has_its_own_optimizer(tmp_path: Path) -> None:
     def losses(student: nn.Module, judge: nn.Module, rows: list[int]) -> tuple[Tensor, Tensor]:
         made = student(x[rows])
         fooled = nn.functional.softplus(-judge(made)).sum()
-        told = nn.functional.softplus(judge(made.detach())).sum() + nn.functional.softplus(-judge(x[rows, :3])).sum()
-        return fooled, told
+        judged = nn.functional.softplus(judge(made.detach())).sum() + nn.functional.softplus(-judge(x[rows, :3])).sum()
+        return fooled, judged
 
     torch.manual_seed(5)
     judges = [nn.Linear(3, 1).double() for _ in range(2)]
@@ -194,12 +194,12 @@ def test_a_discriminator_has_its_own_optimizer(tmp_path: Path) -> None:
     sgd = torch.optim.SGD(judges[1].parameters(), lr=0.3)
     for rows in run.steps(range(40)):
         for part in run.split(rows, list):
-            fooled, told = losses(run.student, run.modules["discriminator"], part)
+            fooled, judged = losses(run.student, run.modules["discriminator"], part)
             run.update(fooled, len(part))
-            run.update(told, 2 * len(part), module="discriminator")
-        fooled, told = losses(students[1], judges[1], rows)
+            run.update(judged, 2 * len(part), module="discriminator")
+        fooled, judged = losses(students[1], judges[1], rows)
         student_gradient = torch.autograd.grad(fooled / 10, list(students[1].parameters()))
-        judge_gradient = torch.autograd.grad(told / 20, list(judges[1].parameters()))
+        judge_gradient = torch.autograd.grad(judged / 20, list(judges[1].parameters()))
         for module, gradients in ((students[1], student_gradient), (judges[1], judge_gradient)):
             for parameter, gradient in zip(module.parameters(), gradients, strict=True):
                 parameter.grad = gradient

@@ -95,9 +95,9 @@ def read(path: Path) -> Reader:
 def test_the_page_shows_what_the_folder_holds(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     page = read(write_report(fill(tmp_path / "gkd" / "first")))
-    for said in ("gkd · first", "Better.", "smollm2", "0.50 ± 0.02", "↓ lower is better", "What they say", "no answer",
+    for expected in ("gkd · first", "Better.", "smollm2", "0.50 ± 0.02", "↓ lower is better", "Samples", "no answer",
                  "training.steps", "2 threads", "60 s", "preceptor run gkd --config", "−3"):  # fmt: skip
-        assert said in page.text, said
+        assert expected in page.text, expected
     assert "clip" not in page.text
     assert "not finished" not in page.text
     figures = [attributes["aria-label"] for tag, attributes in page.tags if tag == "svg"]
@@ -213,7 +213,7 @@ def test_folders_that_are_none_are_refused(tmp_path: Path, capsys: pytest.Captur
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "said"),
+    ("name", "text", "sentence"),
     [
         ("result.json", "{", "not JSON"),
         ("config.json", "[1]", "holds a list"),
@@ -222,10 +222,10 @@ def test_folders_that_are_none_are_refused(tmp_path: Path, capsys: pytest.Captur
         ("samples.json", '[{"prompt": "x"}]', "no samples"),
     ],
 )
-def test_files_that_no_run_wrote_are_named(tmp_path: Path, name: str, text: str, said: str) -> None:
+def test_files_that_no_run_wrote_are_named(tmp_path: Path, name: str, text: str, sentence: str) -> None:
     folder = fill(tmp_path / "first")
     (folder / name).write_text(text)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=sentence):
         write_report(folder)
     assert not (folder / "report.html").exists()
 
