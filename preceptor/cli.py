@@ -24,14 +24,8 @@ from preceptor.commands.screens import print_help, print_method, print_methods
 from preceptor.errors import UserError
 from preceptor.extras import missing_packages
 
-MODULES = {
-    "new": ("preceptor.commands.new", ""),
-    "chat": ("preceptor.commands.chat", "people"),
-    "cache": ("preceptor.commands.cache", "text"),
-    "evaluate": ("preceptor.commands.evaluate", "text"),
-    "report": ("preceptor.commands.report", "report"),
-    "doctor": ("preceptor.commands.doctor", "text"),
-}
+EXTRAS = {"new": "", "chat": "people", "cache": "text", "evaluate": "text", "report": "report", "doctor": "text"}
+"""Commands with a module of their own in ``preceptor.commands``, and the extra that each requires."""
 
 
 UNMENDABLE_BY_CODE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
@@ -96,8 +90,8 @@ def _dispatch(words: list[str]) -> int:
         return _run(find_method(_name(rest, command)), rest[1:])
     elif command == "reproduce":
         return _reproduce(find_method(_name(rest, command)), rest[1:])
-    elif command in MODULES:
-        module = import_module(MODULES[command][0])
+    elif command in EXTRAS:
+        module = import_module(f"preceptor.commands.{command}")
         return int(module.main(_parse(module.Config, rest, f"preceptor {command}", module.__doc__)) or 0)
     else:
         raise UserError(f"There is no command '{command}': {_nearest(command)}.")
@@ -197,7 +191,7 @@ def _places(words: list[str]) -> tuple[list[str], bool]:
 def _nearest(command: str) -> str:
     import difflib
 
-    names = ["list", "show", "run", "reproduce", *MODULES]
+    names = ["list", "show", "run", "reproduce", *EXTRAS]
     near = difflib.get_close_matches(command, names, n=1)
     return f"did you mean '{near[0]}'" if near else f"there are {', '.join(names)}"
 
@@ -206,7 +200,7 @@ def _missing(words: list[str], module: str) -> str:
     """The line that installs what a command lacks: the extra that its recipe or its module requires."""
     command, name = words[0], words[1] if len(words) > 1 else ""
     recipe = find_method(name) if command in {"run", "reproduce"} else None
-    extra = recipe.requires if recipe else MODULES[command][1] if command in MODULES else "all"
+    extra = recipe.requires if recipe else EXTRAS.get(command, "all")
     needs = recipe.name if recipe else f"preceptor {command}"
     lacking = missing_packages(extra)
     if recipe is not None and not recipe.built_in and not lacking:

@@ -86,7 +86,7 @@ def test_light_commands_import_no_torch(words: list[str]) -> None:
 
 def test_help_of_a_method_or_a_command_imports_no_model_library() -> None:
     """``--help`` of each, one after another in one process."""
-    every = [["run", method.name] for method in find_methods()] + [[name] for name in cli.MODULES]
+    every = [["run", method.name] for method in find_methods()] + [[name] for name in cli.EXTRAS]
     assert len(every) > 6
     script = (
         "import sys\nfrom preceptor.cli import main\n"

@@ -33,8 +33,6 @@ class Config:
     """Folder of the cache; one that was interrupted, or that gets new data, is continued."""
     data: str = ""
     """A file (JSON lines, JSON, Parquet), a folder, a data set on the hub, with responses; or a run's lessons.jsonl."""
-    distillkit: str = ""
-    """Folder of a capture made with DistillKit, to convert to top_k; with ``data``, only the sequences of that text."""
     teacher: str = "smollm2"
     """A model's name, folder or GGUF file."""
     kind: Literal["auto", "top_k", "sampled", "hidden"] = "auto"
@@ -59,6 +57,8 @@ class Config:
     """Response tokens on which the encoding is fitted and measured before the capture."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """The teacher's parameters."""
+    distillkit: str = ""
+    """Folder of a capture made with DistillKit, to convert to top_k; with ``data``, only the sequences of that text."""
     split: str = "train"
     """Split of a data set on the hub."""
     limit: int | None = None

@@ -50,14 +50,14 @@ class Config:
     """Largest number of held-out examples."""
     max_length: int = 512
     """Tokens of an example, prompt and answer together."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of all models."""
     answer_length: int = 64
     """Largest number of tokens of an answer that a model writes."""
     shown: int = 4
     """Prompts whose answers are shown side by side."""
     seed: int = 0
     """Seed of all random numbers."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of all models."""
     output: str = ""
     """Folder of the table and the page; empty: the student's run, else ``runs/evaluate/NAME``."""
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from preceptor.catalogue import find_method
 from preceptor.errors import UserError
@@ -17,16 +17,14 @@ from preceptor.report.table import Table
 FILES = ("config.json", "metrics.jsonl", "result.json", "table.json")
 
 
-@dataclass(frozen=True)
-class Answers:
+class Answers(NamedTuple):
     """A prompt and what each model answers to it."""
 
     prompt: str
     answers: dict[str, str]
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """A PNG that a run drew, and the words under it."""
 
     caption: str

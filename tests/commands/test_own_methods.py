@@ -126,6 +126,16 @@ def measured(path: str) -> str:
     return json.dumps([(line["step"], line["loss"], line["gradient_norm"]) for line in lines])
 
 
+def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The one sentence with which a command refuses."""
+    capsys.readouterr()
+    assert cli.main(list(words)) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("preceptor: ")
+    assert printed.count("\n") == 1
+    return printed
+
+
 @pytest.mark.parametrize("address", ["./mine", "mine/", "mine/recipe.py", "{here}/mine"])
 def test_paths_of_one_method_are_one_method(address: str) -> None:
     folder()
@@ -197,31 +207,32 @@ def test_the_page_of_a_run_names_the_method_wherever_the_run_lies(capsys: pytest
     assert "<dt>Method</dt><dd>mine</dd>" in write_report("somewhere/else").read_text()
 
 
+TEXTS = {
+    "mine.py, line 1 is not Python": "def main(config:\n",
+    "mine.py has no docstring": "x = 1\n",
+    "mine.py has no Config": '"""Mine: x."""\n\ndef main(config): ...\n',
+    "mine.py has no main": '"""Mine: x."""\n\nclass Config: ...\n',
+}
+REFUSED = {sentence: ("./mine.py", text) for sentence, text in TEXTS.items()} | {
+    "There is no file absent.py": ("./absent.py", None),
+    "There is no file absent": ("./absent/", None),
+    ". holds no recipe.py: 'preceptor new NAME' writes": (".", None),
+} | {
+    "has the name of the built-in method 'gkd'": ("./gkd.py", '"""Mine: x."""\n'),
+    "is not a name that Python can import": ("./my-own.py", '"""Mine: x."""\n'),
+    "is not a Python file": ("./mine.txt", "a text"),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("command", ["run", "show", "list", "reproduce"])
-@pytest.mark.parametrize(
-    ("address", "text", "sentence"),
-    [
-        ("./absent.py", None, "There is no file absent.py"),
-        ("./absent/", None, "There is no file absent"),
-        (".", None, ". holds no recipe.py: 'preceptor new NAME' writes"),
-        ("./mine.py", "def main(config:\n", "mine.py, line 1 is not Python"),
-        ("./mine.py", "x = 1\n", "mine.py has no docstring"),
-        ("./mine.py", '"""Mine: x."""\n\ndef main(config): ...\n', "mine.py has no Config"),
-        ("./mine.py", '"""Mine: x."""\n\nclass Config: ...\n', "mine.py has no main"),
-        ("./gkd.py", '"""Mine: x."""\n', "has the name of the built-in method 'gkd'"),
-        ("./my-own.py", '"""Mine: x."""\n', "is not a name that Python can import"),
-        ("./mine.txt", "a text", "is not a Python file"),
-    ],
-)
+@pytest.mark.parametrize("sentence", REFUSED)
 def test_what_is_no_recipe_is_refused_in_the_same_words_by_every_command(
-    command: str, address: str, text: str | None, sentence: str, capsys: pytest.CaptureFixture[str]
+    command: str, sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    address, text = REFUSED[sentence]
     if text is not None:
         Path(address).write_text(text, encoding="utf-8")
-    assert cli.main([command, address]) == 2
-    printed = capsys.readouterr().err
-    assert sentence in printed
-    assert printed.count("\n") == 1
+    assert sentence in refusal(capsys, command, address)
 
 
 @pytest.mark.parametrize(
@@ -238,8 +249,7 @@ def test_an_import_that_fails_is_named(
     folder()
     recipe = Path("mine/recipe.py")
     recipe.write_text(recipe.read_text().replace(old, new), encoding="utf-8")
-    assert cli.main(["run", "./mine", "--tiny"]) == 2
-    assert sentence in capsys.readouterr().err
+    assert sentence in refusal(capsys, "run", "./mine", "--tiny")
 
 
 def test_an_extra_that_is_missing_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,49 +257,35 @@ def test_an_extra_that_is_missing_is_named(capsys: pytest.CaptureFixture[str], m
     folder()
     recipe = Path("mine/recipe.py")
     recipe.write_text(recipe.read_text().replace("from .pieces", "import absent_package\nfrom .pieces"))
-    assert cli.main(["run", "./mine"]) == 2
-    assert 'mine needs torch, not installed here: pip install "preceptor[text]"' in capsys.readouterr().err
+    assert 'mine needs torch, not installed here: pip install "preceptor[text]"' in refusal(capsys, "run", "./mine")
 
 
 def test_a_piece_that_is_not_python_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     folder()
     Path("mine/pieces.py").write_text("def f(:\n", encoding="utf-8")
-    assert cli.main(["run", "./mine"]) == 2
-    assert "pieces.py, line 1 is not Python" in capsys.readouterr().err
+    assert "pieces.py, line 1 is not Python" in refusal(capsys, "run", "./mine")
 
 
 def test_a_name_that_python_has_already_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     folder()
     Path("mine").rename("json")
-    assert cli.main(["run", "./json"]) == 2
-    assert "Python has another module 'json'" in capsys.readouterr().err
+    assert "Python has another module 'json'" in refusal(capsys, "run", "./json")
 
 
-@pytest.mark.parametrize(
-    ("address", "sentence"),
-    [
-        ("./mine.py", "./mine.py has no reproduction: move it to mine/recipe.py"),
-        ("./mine", "./mine has no reproduction: write reproduction.py"),
-    ],
-)
-def test_a_method_without_a_reproduction_says_where_it_goes(
-    address: str, sentence: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_method_without_a_reproduction_says_where_it_goes(capsys: pytest.CaptureFixture[str]) -> None:
     folder()
     Path("mine/reproduction.py").unlink()
     file()
-    assert cli.main(["reproduce", address]) == 2
-    assert sentence in capsys.readouterr().err
+    assert "./mine.py has no reproduction: move it to mine/recipe.py" in refusal(capsys, "reproduce", "./mine.py")
+    assert "./mine has no reproduction: write reproduction.py" in refusal(capsys, "reproduce", "./mine")
 
 
 def test_a_reproduction_without_its_function_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     folder()
     Path("mine/reproduction.py").write_text("", encoding="utf-8")
-    assert cli.main(["reproduce", "./mine"]) == 2
-    assert "has no function reproduce(seeds, folder, full)" in capsys.readouterr().err
+    assert "has no function reproduce(seeds, folder, full)" in refusal(capsys, "reproduce", "./mine")
 
 
 def test_a_bare_name_leads_to_the_path(capsys: pytest.CaptureFixture[str]) -> None:
     folder()
-    assert cli.main(["run", "mine"]) == 2
-    assert "did you mean './mine'" in capsys.readouterr().err
+    assert "did you mean './mine'" in refusal(capsys, "run", "mine")

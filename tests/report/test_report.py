@@ -212,17 +212,16 @@ def test_folders_that_are_none_are_refused(tmp_path: Path, capsys: pytest.Captur
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "sentence"),
-    [
-        ("result.json", "{", "not JSON"),
-        ("config.json", "[1]", "holds a list"),
-        ("metrics.jsonl", '{"step": 1}\nnonsense\n{"step": 2}\n', "line 2"),
-        ("result.json", '{"table": {"title": "x"}}', "table"),
-        ("samples.json", '[{"prompt": "x"}]', "no samples"),
-    ],
-)
-def test_files_that_no_run_wrote_are_named(tmp_path: Path, name: str, text: str, sentence: str) -> None:
+BROKEN = {
+    "not JSON": ("result.json", "{"), "holds a list": ("config.json", "[1]"),
+    "line 2": ("metrics.jsonl", '{"step": 1}\nnonsense\n{"step": 2}\n'),
+    "table": ("result.json", '{"table": {"title": "x"}}'), "no samples": ("samples.json", '[{"prompt": "x"}]'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sentence", BROKEN)
+def test_files_that_no_run_wrote_are_named(tmp_path: Path, sentence: str) -> None:
+    name, text = BROKEN[sentence]
     folder = fill(tmp_path / "first")
     (folder / name).write_text(text)
     with pytest.raises(UserError, match=sentence):

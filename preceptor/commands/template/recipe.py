@@ -44,12 +44,10 @@ class Config:
 
     temperature: float = 8.0
     """T in the equation, which divides the logits of both."""
+    widths: tuple[int, int] = (256, 32)
+    """Units of each of the two hidden layers: the teacher's, the student's."""
     unseen: int = 3
     """The digit of which the student sees no image."""
-    teacher_width: int = 256
-    """Units of each of the teacher's two hidden layers."""
-    student_width: int = 32
-    """Units of each of the student's two hidden layers."""
     output: str = "runs/template/run"
     """Folder of the run."""
     resume: bool = False
@@ -66,7 +64,7 @@ class Config:
 
 
 tiny = Config(output="runs/template/tiny", training=Training(steps=300, batch_size=64, learning_rate=3e-3))
-paper = Config(temperature=20.0, teacher_width=1200, student_width=800, output="runs/template/paper")
+paper = Config(temperature=20.0, widths=(1200, 800), output="runs/template/paper")
 
 
 def soft_targets(student: Tensor, teacher: Tensor, temperature: float) -> Loss:
@@ -92,7 +90,7 @@ def main(config: Config) -> None:
     folder, seed = Path(config.output), config.training.seed
     check_folder(folder, config, resume=config.resume)
     digits = read_digits(seed)
-    teacher, student = fit_teacher(digits, config.teacher_width, seed), perceptron(config.student_width, seed + 1)
+    teacher, student = fit_teacher(digits, config.widths[0], seed), perceptron(config.widths[1], seed + 1)
     images = digits.images[digits.labels != config.unseen]
     teach(config, student, images, teacher(images))
     student.eval().cpu()
@@ -106,7 +104,7 @@ def main(config: Config) -> None:
 def examine(config: Config, teacher: nn.Module, student: nn.Module, digits: Digits) -> Table:
     """Accuracy on held-out images, beside the student's before it was taught."""
     networks = {
-        "untaught student": perceptron(config.student_width, config.training.seed + 1),
+        "untaught student": perceptron(config.widths[1], config.training.seed + 1),
         "taught student": student,
         "teacher": teacher,
     }

@@ -48,7 +48,7 @@ def one_seed(training: Training, folder: Path) -> dict[str, dict[str, float]]:
     config = Config(training=training)
     digits = read_digits(training.seed)
     images = digits.images[digits.labels != config.unseen]
-    logits = fit_teacher(digits, config.teacher_width, training.seed)(images)
+    logits = fit_teacher(digits, config.widths[0], training.seed)(images)
     arms: dict[str, tuple[float, Tensor]] = {
         "soft targets": (config.temperature, logits),
         # Logits so far apart that the softmax is a one-hot vector: the loss is then the cross-entropy.
@@ -59,7 +59,7 @@ def one_seed(training: Training, folder: Path) -> dict[str, dict[str, float]]:
     for arm, (temperature, targets) in arms.items():
         place = folder / arm.replace(" ", "_")
         settings = replace(config, temperature=temperature, output=str(place), resume=place.exists())
-        student = perceptron(config.student_width, training.seed + 1)
+        student = perceptron(config.widths[1], training.seed + 1)
         teach(settings, student, images, targets)
         student.eval().cpu()
         figures[arm] = {ALL: accuracy(student, digits), UNSEEN: accuracy(student, digits, config.unseen)}
