@@ -26,10 +26,12 @@ from preceptor.errors import UserError
 from preceptor.evaluation.examine import examine
 from preceptor.evaluation.language import LABELS_ONLY, TAUGHT, UNTAUGHT
 from preceptor.evaluation.result import _writable
+from preceptor.files import write_whole
 from preceptor.models.identity import same_tokenizer
 from preceptor.models.language_model import LanguageModel
 from preceptor.models.loading import load
 from preceptor.models.student import make_student
+from preceptor.report import method_of_run
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ def main(config: Config) -> None:
     others = _others(config, settings, teacher)
     students = {name: others[name] for name in (UNTAUGHT, LABELS_ONLY) if name in others} | {TAUGHT: student}
     sequences, shown = _held_out(config, run, teacher)
+    _name_method(run, folder)
     examine(
         folder,
         teacher,
@@ -100,6 +103,14 @@ def main(config: Config) -> None:
         answer_length=config.answer_length,
         seed=config.seed,
     )
+
+
+def _name_method(run: Path | None, folder: Path) -> None:
+    """Write the method of the run beside an evaluation that lies elsewhere, so that its page names it."""
+    method = method_of_run(run) if run is not None and run != folder else ""
+    if method:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / "environment.json", json.dumps({"method": method, "run": str(run)}) + "\n")
 
 
 def _command(config: Config) -> str:

@@ -1,4 +1,4 @@
-"""What ``preceptor --help``, ``list`` and ``show`` print."""
+"""The texts that ``preceptor --help``, ``list`` and ``show`` print."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COMMANDS = {
     "show": ("show METHOD", "one method: its equation, its decisions, its settings"),
     "run": (
         "run METHOD [--tiny | --paper | --config FILE] [--resume] [settings]",
-        "teach a student; 'preceptor run NAME --help' lists the settings",
+        "teach a student; 'preceptor run METHOD --help' lists the settings",
     ),
     "reproduce": (
         "reproduce METHOD [--seeds N] [--full] [--output FOLDER]",
@@ -74,7 +74,7 @@ def _print_group(console: Console, extra: str, methods: list[Method]) -> None:
     lack = f'needs [yellow]pip install "preceptor\\[{extra}]"[/yellow]'
     state = lack if missing else "" if missing is None else f"[green]{extra} is installed[/green]"
     console.print(f"[bold]{TAUGHT.get(extra, extra or 'Without an extra')}[/bold]   {state if extra else ''}")
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, leading=1)
     for heading, ratio in (("method", None), ("what is taught, and how", 3), ("paper", 3), ("reproduction", 2)):
         table.add_column(heading, ratio=ratio, no_wrap=ratio is None, overflow="fold")
     for method in methods:

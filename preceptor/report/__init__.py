@@ -6,8 +6,10 @@ import os
 from pathlib import Path
 
 from preceptor.errors import UserError
-from preceptor.report.contents import read_contents
+from preceptor.report.contents import method_of_run, read_contents
 from preceptor.report.page import render
+
+__all__ = ["method_of_run", "write_report"]
 
 
 def write_report(folder: str | Path) -> Path:

@@ -89,18 +89,17 @@ def read_contents(folder: Path) -> Contents:
         raise UserError(f"{folder} holds no run: none of {', '.join(FILES)} is in it; give the folder of a run.")
     config, result = _mapping(folder / "config.json"), _mapping(folder / "result.json")
     written = datetime.fromtimestamp(max(path.stat().st_mtime for path in there), timezone.utc)
-    environment = _mapping(folder / "environment.json")
     return Contents(
         folder=folder,
         config=config,
-        environment=environment,
+        environment=_mapping(folder / "environment.json"),
         metrics=_metrics(folder / "metrics.jsonl"),
         table=_table(folder, result),
         headline=str(result.get("headline") or ""),
         command=str(result.get("command") or ""),
         samples=_samples(folder / "samples.json"),
         pictures=_pictures(folder / "pictures"),
-        method=_method(folder, environment),
+        method=method_of_run(folder),
         written=written,
     )
 
@@ -175,9 +174,13 @@ def _pictures(folder: Path) -> list[Picture]:
     return found
 
 
-def _method(folder: Path, environment: Mapping[str, Any]) -> str:
-    """The method's address: as the run wrote it, else (an older run) as the layout ``runs/METHOD/NAME`` gives it."""
-    written = environment.get("method")
+def method_of_run(folder: Path) -> str:
+    """The method's address: as the run wrote it, else (an older run) as the layout ``runs/METHOD/NAME`` gives it.
+
+    Raises:
+        UserError: environment.json is not JSON.
+    """
+    written = _mapping(folder / "environment.json").get("method")
     if isinstance(written, str) and written:
         return written
     try:

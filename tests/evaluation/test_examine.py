@@ -385,6 +385,7 @@ def test_the_command_takes_the_runs_own_exam(teacher: LanguageModel, student: La
     teacher.save(tmp_path / "teacher")
     student.save(run / "student")
     (run / "config.json").write_text(json.dumps({"teacher": str(tmp_path / "teacher")}))
+    (run / "environment.json").write_text(json.dumps({"method": "gkd", "seed": 0}))
     exam = [{"prompt": f"w{i}", "completion": "w7 w8"} for i in range(4, 10)]
     (tmp_path / "all.jsonl").write_text("\n".join(map(json.dumps, exam)))
     lessons = prepare(Text(str(tmp_path / "all.jsonl"), held_out=3), teacher, seed=0, path=run / "lessons.jsonl")
@@ -395,6 +396,8 @@ def test_the_command_takes_the_runs_own_exam(teacher: LanguageModel, student: La
     told = json.loads((tmp_path / "there" / "samples.json").read_text())
     assert [one["prompt"] for one in told] == [asked[-1]["content"] for asked in lessons.questions]
     assert not (run / "result.json").exists()
+    assert json.loads((tmp_path / "there" / "environment.json").read_text()) == {"method": "gkd", "run": str(run)}
+    assert "<dt>Method</dt><dd>GKD: " in (tmp_path / "there" / "report.html").read_text()
 
 
 def test_without_data_the_teacher_answers_embedded_prompts(
