@@ -1,4 +1,4 @@
-"""What a teacher says, as data.
+"""What a teacher gives, as data.
 
 Soft targets come in four kinds, one frozen dataclass each. Their leading shape is either that of the student's hidden
 states, ``(...)``, or ``(rows,)`` where the rows are the positions that the response mask selects, in row-major order.
@@ -54,7 +54,7 @@ class TopKTargets:
 
     ``ids``: (..., k) int64. ``log_probs``: (..., k), natural logarithms under the teacher's full softmax; ``-inf`` is
     an unused slot (rows may hold fewer than k). The tail mass is ``1 - sum(exp(log_probs))``, spread over the tokens
-    that are not listed as the divergence says.
+    that are not listed as the divergence defines.
     """
 
     ids: Tensor
@@ -75,20 +75,20 @@ class SampledTargets:
 SoftTargets = HiddenTargets | LogitTargets | TopKTargets | SampledTargets
 
 
-def rows_of(said: SoftTargets, mask: Tensor) -> HiddenTargets | LogitTargets:
+def rows_of(targets: SoftTargets, mask: Tensor) -> HiddenTargets | LogitTargets:
     """Dense targets of the positions that a boolean mask selects, in row-major order; those that are packed stay.
 
     Raises:
         UserError: the targets are not dense, or speak about other positions.
     """
-    if isinstance(said, HiddenTargets):
-        values = said.hidden
-    elif isinstance(said, LogitTargets):
-        values = said.logits
+    if isinstance(targets, HiddenTargets):
+        values = targets.hidden
+    elif isinstance(targets, LogitTargets):
+        values = targets.logits
     else:
         raise UserError(
-            f"This needs dense targets, the teacher's whole distribution, not {type(said).__name__}: ask the teacher "
-            "itself, or keep its hidden states."
+            f"This needs dense targets, the teacher's whole distribution, not {type(targets).__name__}: ask the "
+            "teacher itself, or keep its hidden states."
         )
     rows = int(mask.sum())
     if values.shape[:-1] == mask.shape:
@@ -98,7 +98,7 @@ def rows_of(said: SoftTargets, mask: Tensor) -> HiddenTargets | LogitTargets:
             f"The teacher speaks about positions of shape {tuple(values.shape[:-1])} and the mask has "
             f"{tuple(mask.shape)}, of which {rows} are selected; give the teacher's targets for the same text."
         )
-    return HiddenTargets(values, said.head) if isinstance(said, HiddenTargets) else LogitTargets(values)
+    return HiddenTargets(values, targets.head) if isinstance(targets, HiddenTargets) else LogitTargets(values)
 
 
 def moved(targets: SoftTargets, device: torch.device) -> SoftTargets:

@@ -47,7 +47,7 @@ STUDENTS = ("parrot", "self-correcting")
 
 ENDS = {
     "solved": "Solved: the student found the answer.",
-    "revealed": "Solved, but the teacher had said the answer before.",
+    "revealed": "Solved, but the teacher had given the answer before.",
     "out of turns": "Out of turns: the answer was not found.",
 }
 
@@ -110,9 +110,9 @@ def main(config: Config) -> None:
         dialogue = _talk(console, config, record, dialogue, partner)
     except (Quit, EOFError, KeyboardInterrupt):
         flags = f" --output {config.output}" if config.output != Config.output else ""
-        told = _words_that_differ(config)
+        settings = _words_that_differ(config)
         console.print(
-            f"\nKept {len(record.turns())} turns. Go on with: preceptor chat{told}{flags} --resume", soft_wrap=True
+            f"\nKept {len(record.turns())} turns. Go on with: preceptor chat{settings}{flags} --resume", soft_wrap=True
         )
         return
     console.print(Panel(ENDS[str(dialogue.outcome)], expand=False))
@@ -179,9 +179,9 @@ class Record:
 
     def drop_partial_line(self) -> None:
         """Cut off what stands after the last line end."""
-        said = self.path.read_bytes()
-        if said and not said.endswith(b"\n"):
-            os.truncate(self.path, said.rfind(b"\n") + 1)
+        content = self.path.read_bytes()
+        if content and not content.endswith(b"\n"):
+            os.truncate(self.path, content.rfind(b"\n") + 1)
 
 
 def _begin(config: Config, record: Record) -> Dialogue:
@@ -254,7 +254,7 @@ def _ask(console: Console, partner: Side, dialogue: Dialogue) -> Turn:
         [turn] = partner([dialogue])
         if turn.text and not turn.error:
             return turn
-        console.print(f"[yellow]No answer: {escape(turn.error or 'the model said nothing')}.[/yellow]")
+        console.print(f"[yellow]No answer: {escape(turn.error or 'the model wrote nothing')}.[/yellow]")
         _read(console, f"[dim]Enter tries again, {QUIT} leaves: [/dim]")
 
 
@@ -273,21 +273,21 @@ def _pick(console: Console, what: str, names: Sequence[str], *, required: bool) 
     listed = "  ".join(f"[bold]{place}[/bold] {name}" for place, name in enumerate(names, 1))
     while True:
         console.print(f"[dim]{what}:[/dim] {listed}" + ("" if required else "  [dim]Enter: none[/dim]"))
-        said = _read(console, f"{what}: ").strip().lower()
-        if not said and not required:
+        typed = _read(console, f"{what}: ").strip().lower()
+        if not typed and not required:
             return ""
-        chosen = [name for place, name in enumerate(names, 1) if said in (str(place), name)]
-        chosen = chosen or [name for name in names if said and name.startswith(said)]
+        chosen = [name for place, name in enumerate(names, 1) if typed in (str(place), name)]
+        chosen = chosen or [name for name in names if typed and name.startswith(typed)]
         if len(chosen) == 1:
             return chosen[0]
         console.print(f"[yellow]Give a number from 1 to {len(names)}, or a name.[/yellow]")
 
 
 def _read(console: Console, prompt: str) -> str:
-    said = console.input(prompt)
-    if said.strip().lower() == QUIT:
+    typed = console.input(prompt)
+    if typed.strip().lower() == QUIT:
         raise Quit
-    return said
+    return typed
 
 
 def _show_problem(console: Console, config: Config, dialogue: Dialogue) -> None:

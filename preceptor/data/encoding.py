@@ -32,9 +32,8 @@ def encode(examples: Iterable[Example], tokenizer: Any, *, max_length: int) -> l
     the end; an example without a response token left is dropped, with a warning that counts them.
 
     Raises:
-        UserError: no example has a response (or none is left after truncation), or the template changes what it has
-        said
-            when the conversation goes on, so that a turn's place cannot be told.
+        UserError: no example has a response (or none is left after truncation), or the template changes earlier text
+            when the conversation goes on, so that a turn's place cannot be found.
     """
     listed = list(examples)
     if not listed:
@@ -131,8 +130,8 @@ def _spans(messages: Listed[Message], text: str, tokenizer: Any) -> list[tuple[i
     """Where each assistant turn begins and ends in the rendered conversation, in characters.
 
     An assistant's turn that opens the conversation answers nothing and is no response. A turn begins where the rendered
-    prompt before it ends. It ends with the first special token after what was said,
-    that included, or right after what was said where the template puts none.
+    prompt before it ends. It ends with the first special token after the content,
+    that included, or right after the content where the template puts none.
     """
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     special |= set(tokenizer.all_special_tokens)
@@ -143,13 +142,13 @@ def _spans(messages: Listed[Message], text: str, tokenizer: Any) -> list[tuple[i
         before = render(messages[:index], tokenizer, speak=True)
         through = render(messages[: index + 1], tokenizer)
         content = message["content"].strip()
-        said = through.find(content, len(before))
-        if not (text.startswith(before) and text.startswith(through) and through.startswith(before)) or said < 0:
+        place = through.find(content, len(before))
+        if not (text.startswith(before) and text.startswith(through) and through.startswith(before)) or place < 0:
             raise UserError(
                 f"The chat template does not keep turn {index + 1} as it was when the conversation goes on, so the "
-                "response's place cannot be told: give conversations of one answer each, or another template."
+                "response's place cannot be found: give conversations of one answer each, or another template."
             )
-        stop = said + len(content)
+        stop = place + len(content)
         ends = [place + len(token) for token in special if (place := through.find(token, stop)) >= 0]
         spans.append((len(before), min(ends, default=stop)))
     return spans

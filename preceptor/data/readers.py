@@ -1,6 +1,6 @@
 """Readers for the shapes in which text data comes: JSON Lines, JSON, Parquet, folders of these, and the hub.
 
-The shape of a record is told by its columns: ``messages`` · ``conversations`` (ShareGPT) · ``prompt`` with
+The shape of a record is known from its columns: ``messages`` · ``conversations`` (ShareGPT) · ``prompt`` with
 ``completion`` (or ``response``) · ``prompt`` alone · ``chosen`` and ``rejected`` · ``instruction`` with ``input`` and
 ``output`` (Alpaca) or ``context`` and ``response`` (Dolly) · ``question`` and ``answer`` · ``text``.
 """
@@ -185,8 +185,8 @@ def _by_columns(record: Mapping[str, Any], present: set[str], where: str) -> Exa
     if "instruction" in present:
         return _alpaca(record, present, where)
     if "question" in present:
-        told = _turn(record["answer"], where, role="assistant") if "answer" in present else ()
-        return Example(messages=_turn(record["question"], where, role="user") + told)
+        answer = _turn(record["answer"], where, role="assistant") if "answer" in present else ()
+        return Example(messages=_turn(record["question"], where, role="user") + answer)
     if "text" in present:
         return Example(text=_string(record["text"], where))
     return None
@@ -198,8 +198,8 @@ def _alpaca(record: Mapping[str, Any], present: set[str], where: str) -> Example
     )
     answers = [record[key] for key in ("output", "response") if key in present]
     system = _turn(record["system"], where, role="system") if "system" in present and record["system"] else ()
-    told = _turn(answers[0], where, role="assistant") if answers else ()
-    return Example(messages=system + _turn(asked, where, role="user") + told)
+    answer = _turn(answers[0], where, role="assistant") if answers else ()
+    return Example(messages=system + _turn(asked, where, role="user") + answer)
 
 
 def _preference(record: Mapping[str, Any], where: str) -> Example:

@@ -65,7 +65,7 @@ class Batch:
 
 
 def collate(sequences: Listed[Sequence], pad_id: int) -> Batch:
-    """Pad sequences on the right with ``pad_id``; what is padding is told by the attention mask, not by the id."""
+    """Pad sequences on the right with ``pad_id``; the attention mask marks the padding, not the id."""
     width = max(len(sequence.ids) for sequence in sequences)
     ids = np.full((len(sequences), width), pad_id, dtype=np.int64)
     mask = np.zeros((len(sequences), width), dtype=np.int64)

@@ -46,15 +46,15 @@ class Objective:
             raise UserError("objective.weight and objective.label_weight must be 0 or more, and one of them above 0.")
 
     def against(
-        self, said: SoftTargets | None, batch: Batch, labels: Tensor | None = None
+        self, targets: SoftTargets | None, batch: Batch, labels: Tensor | None = None
     ) -> Callable[[Tensor, Head], Loss]:
-        """The loss of the student's hidden states (batch, length, width) and head, against what the teacher said.
+        """The loss of the student's hidden states (batch, length, width) and head, against the teacher's targets.
 
         ``labels``: (batch, length) int64 in place of the batch's own, -100 where there is none.
         """
         return partial(
             divergence,
-            teacher=said,
+            teacher=targets,
             kind=self.divergence,
             beta=self.beta,
             alpha=self.alpha,

@@ -91,7 +91,7 @@ class AdapterOff:
 
 
 class CachedTeacher:
-    """What a teacher said once, read from a store; the teacher itself need not be loaded."""
+    """A teacher's targets, read from a store; the teacher itself need not be loaded."""
 
     def __init__(self, store: StoredTargets) -> None:
         self.store = store
@@ -103,7 +103,7 @@ class CachedTeacher:
 
 
 class MemoisedTeacher:
-    """A teacher that remembers what it said of sequences that come again, and asks anew for the others.
+    """A teacher whose targets for sequences that come again are kept in memory; others are computed anew.
 
     What it says by now is held as packed rows: ``limit`` bytes of them, after which nothing more is remembered.
     """
@@ -117,11 +117,11 @@ class MemoisedTeacher:
         """Packed rows, in the order of ``batch.predicts``."""
         sequences = batch.sequences()
         if not all(sequence in self.kept for sequence in sequences):
-            said = rows_of(self.teacher(batch), batch.predicts)
-            self.head = said.head if isinstance(said, HiddenTargets) else None
-            rows = said.hidden if isinstance(said, HiddenTargets) else said.logits
+            targets = rows_of(self.teacher(batch), batch.predicts)
+            self.head = targets.head if isinstance(targets, HiddenTargets) else None
+            rows = targets.hidden if isinstance(targets, HiddenTargets) else targets.logits
             self._keep(sequences, torch.split(rows, batch.predicts.sum(-1).tolist()))
-            return said
+            return targets
         rows = torch.cat([self.kept[sequence] for sequence in sequences])
         return LogitTargets(rows) if self.head is None else HiddenTargets(rows, self.head)
 
@@ -171,9 +171,9 @@ def answer_online(run: Run, teacher: LanguageModel, student: LanguageModel, spec
     """
     if student.adapted and "base=" not in spec:
         return AdapterOff(student)
-    said = FrozenTeacher(teacher)
+    targets = FrozenTeacher(teacher)
     run.shard(teacher)
-    return said
+    return targets
 
 
 def _say(hidden: Tensor, head: Head) -> HiddenTargets:
@@ -189,12 +189,12 @@ def _keep_head(model: LanguageModel) -> None:
 def _add(mean: Tensor | None, targets: SoftTargets, predicts: Tensor, log_weight: float) -> Tensor:
     """log(exp(mean) + weight * p) for one more teacher, in place, in chunks of rows."""
     if isinstance(targets, HiddenTargets):
-        said, head, size = targets.hidden, targets.head, targets.head.weight.shape[0]
+        values, head, size = targets.hidden, targets.head, targets.head.weight.shape[0]
     elif isinstance(targets, LogitTargets):
-        said, head, size = targets.logits, None, targets.logits.shape[-1]
+        values, head, size = targets.logits, None, targets.logits.shape[-1]
     else:
         raise UserError(f"An ensemble averages dense targets, not {type(targets).__name__}: use loaded teachers.")
-    packed = said[predicts] if said.dim() == 3 else said
+    packed = values[predicts] if values.dim() == 3 else values
     if mean is None:
         mean = torch.full((len(packed), size), -torch.inf, device=packed.device)
     if mean.shape[-1] != size:

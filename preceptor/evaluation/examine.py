@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence as Listed
 from pathlib import Path
 
+from preceptor.catalogue import repeat
 from preceptor.data.readers import Message
 from preceptor.data.sequences import Sequence
+from preceptor.distillation.lessons import Lessons
 from preceptor.evaluation.language import (
     TEACHER,
+    UNTAUGHT,
     ask,
     evaluate_language,
     evaluate_own_samples,
@@ -18,6 +21,8 @@ from preceptor.evaluation.language import (
 )
 from preceptor.evaluation.result import write_result
 from preceptor.models.language_model import LanguageModel
+from preceptor.models.loading import load
+from preceptor.models.student import make_student
 from preceptor.report import write_report
 from preceptor.report.table import Table
 
@@ -52,9 +57,9 @@ def examine(
     Raises:
         UserError: the folder cannot be written.
     """
-    said, prompts = ask(teacher, exam), [sequence.prompt for sequence in exam if sequence.prompt]
-    measures = {TEACHER: evaluate_language(teacher, None, exam, said=said)}
-    measures |= {name: evaluate_language(student, said, exam) for name, student in students.items()}
+    outputs, prompts = ask(teacher, exam), [sequence.prompt for sequence in exam if sequence.prompt]
+    measures = {TEACHER: evaluate_language(teacher, None, exam, outputs=outputs)}
+    measures |= {name: evaluate_language(student, outputs, exam) for name, student in students.items()}
     own = {
         name: evaluate_own_samples(student, teacher, prompts, max_new_tokens=answer_length, seed=seed)
         for name, student in students.items()
@@ -62,8 +67,40 @@ def examine(
     }
     table = language_table(title, measures, own)
     models = {TEACHER: teacher, **students}
-    told = samples(models, questions, max_new_tokens=answer_length) if questions else []
-    write_result(folder, table, told, headline=language_headline(measures), command=command)
+    answers = samples(models, questions, max_new_tokens=answer_length) if questions else []
+    write_result(folder, table, answers, headline=language_headline(measures), command=command)
     table.print()
     print(f"The page: {write_report(folder)}")
+    return table
+
+
+def examine_beside_teacher(
+    folder: Path, teacher: str, student: str, taught: dict[str, LanguageModel], lessons: Lessons, *, method: str,
+    seed: int, answer_length: int,
+) -> Table:  # fmt: skip
+    """The table of a run by ``examine``: the teacher in float32, the student before training, and those taught.
+
+    Args:
+        folder: of the run; its students are written already.
+        teacher: by name.
+        student: its specification, from which the student before training is made again with ``seed``.
+        taught: by column.
+        lessons: the held-out text and the questions.
+        method: the method's name, for the command that repeats the run.
+        seed: of the run.
+        answer_length: tokens of an answer on the page.
+    """
+    exact = load(teacher)
+    untaught = make_student(student, exact, seed=seed).eval()
+    table = examine(
+        folder,
+        exact,
+        {UNTAUGHT: untaught, **taught},
+        lessons.exam,
+        questions=lessons.questions,
+        title=f"{student} taught by {teacher}",
+        command=repeat(method, folder),
+        answer_length=answer_length,
+    )
+    print(f"The student: {folder / 'student'}")
     return table

@@ -114,8 +114,8 @@ def few_shot(features: Tensor, labels: Tensor, *, shots: int, seed: int, episode
         chosen = torch.randperm(len(places), generator=draw)[:WAYS].tolist()
         rows = torch.stack([places[i][torch.randperm(len(places[i]), generator=draw)[: shots + 1]] for i in chosen])
         means = F.normalize(features[rows[:, 1:]].mean(1), dim=1)
-        said = (features[rows[:, 0]] @ means.T).argmax(1)
-        right.append(float((said == torch.arange(len(chosen))).float().mean()))
+        predicted = (features[rows[:, 0]] @ means.T).argmax(1)
+        right.append(float((predicted == torch.arange(len(chosen))).float().mean()))
     return mean_of(right)
 
 
@@ -135,14 +135,14 @@ def figures(known: Tensor, lessons: Images, asked: Tensor, exam: Images, *, seed
         known: features (N, D) of the images ``lessons``.
         lessons: whose labels are drawn from.
         asked: features (M, D) of the images ``exam``.
-        exam: whose labels are told.
+        exam: whose labels are predicted.
         seed: of the draws.
     """
     found = {}
     least = int(torch.bincount(lessons.labels).min())
     for each in (each for each in LABELS if each <= least):
-        said = linear_probe(known, lessons.labels, asked, exam.labels, each=each, seed=seed)
-        found[f"probe, {each} labels a class"] = 100 * said
+        accuracy = linear_probe(known, lessons.labels, asked, exam.labels, each=each, seed=seed)
+        found[f"probe, {each} labels a class"] = 100 * accuracy
     enough = torch.bincount(exam.labels)  # images of each class
     for shots in (shots for shots in (1, 5) if int((enough > shots).sum()) >= 2):
         found[f"few-shot, {shots} a class"] = 100 * few_shot(asked, exam.labels, shots=shots, seed=seed).mean

@@ -50,7 +50,7 @@ PREFILL_TOKENS, DECODED_TOKENS, REPEATS = 128, 16, 5
 
 @dataclass(frozen=True)
 class ModelOutputs:
-    """What a model says at the positions that predict response tokens: (rows, width) a sequence, and its head."""
+    """A model's last hidden states where they predict response tokens: (rows, width) a sequence, and its head."""
 
     rows: list[Tensor]
     head: Head
@@ -102,7 +102,7 @@ class LanguageMeasures:
 
 @torch.no_grad()
 def ask(model: LanguageModel, sequences: Listed[Sequence], *, batch_size: int = 8) -> ModelOutputs:
-    """What a model says of sequences, once, for the evaluation of any number of students.
+    """A model's outputs for sequences, computed once for the evaluation of any number of students.
 
     Holds (response tokens, width) values in the model's precision, in the computer's memory; no logits.
 
@@ -129,7 +129,7 @@ def evaluate_language(
     teacher: LanguageModel | ModelOutputs | None,
     sequences: Listed[Sequence],
     *,
-    said: ModelOutputs | None = None,
+    outputs: ModelOutputs | None = None,
     batch_size: int = 8,
     speed: bool = True,
     chunk_bytes: int = CHUNK_BYTES,
@@ -138,25 +138,25 @@ def evaluate_language(
 
     Args:
         student: the model to measure (the teacher itself too: leave ``teacher`` None).
-        teacher: the teacher, or what it said of these sequences (``ask``), or None: no KL and no agreement.
+        teacher: the teacher, or its outputs for these sequences (``ask``), or None: no KL and no agreement.
         sequences: encoded text; only response tokens count.
-        said: what the model to measure said of these sequences, if it was asked already.
+        outputs: those of the model to measure for these sequences, if they were computed already.
         batch_size: sequences at a time.
         speed: measure tokens a second too.
         chunk_bytes: bound of the float32 matrices (rows, vocabulary) that are held.
 
     Raises:
-        UserError: the tokenizers differ, what the teacher said is of other sequences, or nothing is to be evaluated.
+        UserError: the tokenizers differ, the teacher's outputs are of other sequences, or nothing is to be evaluated.
     """
     if isinstance(teacher, LanguageModel):
         same_tokenizer(teacher, student)
         teacher = ask(teacher, sequences, batch_size=batch_size)
-    said = said or ask(student, sequences, batch_size=batch_size)
+    outputs = outputs or ask(student, sequences, batch_size=batch_size)
     labels = [_labels(sequence) for sequence in sequences]
     counts = [len(row) for row in labels]
-    if [len(rows) for rows in said.rows] != counts:
-        raise UserError("What the model said is of other sequences: ask it about those that are evaluated.")
-    figures = [torch.split(figure, counts) for figure in _figures(said, teacher, labels, chunk_bytes)]
+    if [len(rows) for rows in outputs.rows] != counts:
+        raise UserError("The model's outputs are of other sequences: give those for the sequences that are evaluated.")
+    figures = [torch.split(figure, counts) for figure in _figures(outputs, teacher, labels, chunk_bytes)]
     forward_kl, _, agreement, entropy, confidence, right = figures
     cross_entropy = _per_token(entropy, counts)
     perplexity = math.exp(cross_entropy.mean) if cross_entropy.mean < 700 else math.inf
@@ -204,8 +204,8 @@ def evaluate_own_samples(
         written = write_answers(student, list(prompts), max_new_tokens, max_length=longest, temperature=temperature)
     labels = [_labels(sequence) for sequence in written]
     counts = [len(row) for row in labels]
-    said = ask(student, written, batch_size=batch_size)
-    figures = _figures(said, ask(teacher, written, batch_size=batch_size), labels, chunk_bytes)
+    outputs = ask(student, written, batch_size=batch_size)
+    figures = _figures(outputs, ask(teacher, written, batch_size=batch_size), labels, chunk_bytes)
     forward_kl, reverse_kl = (_per_token(torch.split(figure, counts), counts) for figure in figures[:2])
     return OwnSampleMeasures(reverse_kl, forward_kl, mean_of([float(count) for count in counts]))
 
@@ -217,16 +217,16 @@ def samples(
 
     An answer that the limit cuts off ends with "…".
     """
-    told: list[dict[str, Any]] = []
+    answered: list[dict[str, Any]] = []
     for conversation in prompts:
-        told.append({"prompt": "\n\n".join(message["content"] for message in conversation), "answers": {}})
+        answered.append({"prompt": "\n\n".join(message["content"] for message in conversation), "answers": {}})
     for label, model in models.items():
         ids = [encode_prompt(conversation, model.tokenizer) for conversation in prompts]
         answers = model.generate(ids, max_new_tokens=max_new_tokens, temperature=0.0)
-        for one, answer in zip(told, answers):
+        for one, answer in zip(answered, answers):
             cut = "" if not answer or answer[-1] in model.stop_ids else " …"
             one["answers"][label] = model.tokenizer.decode(answer, skip_special_tokens=True).strip() + cut
-    return told
+    return answered
 
 
 def language_table(
@@ -286,30 +286,32 @@ def language_headline(models: Mapping[str, LanguageMeasures]) -> str:
 def _labels(sequence: Sequence) -> Tensor:
     """The response tokens (rows,) that positions of a sequence predict; its first token is predicted by none."""
     return torch.tensor(
-        [token for token, told in zip(sequence.ids[1:], sequence.response[1:]) if told], dtype=torch.int64
+        [token for token, counts in zip(sequence.ids[1:], sequence.response[1:]) if counts], dtype=torch.int64
     )
 
 
 def _figures(
-    said: ModelOutputs, teacher: ModelOutputs | None, labels: Listed[Tensor], chunk_bytes: int
+    outputs: ModelOutputs, teacher: ModelOutputs | None, labels: Listed[Tensor], chunk_bytes: int
 ) -> list[Tensor]:
     """Six float64 columns (rows,): forward KL, reverse KL, agreement, cross-entropy, confidence, whether right."""
-    size = said.head.weight.shape[0]
+    size = outputs.head.weight.shape[0]
     if teacher is not None and teacher.head.weight.shape[0] != size:
         raise UserError(
             f"The teacher has {teacher.head.weight.shape[0]} tokens and the student {size}: choose models of one "
             "tokenizer."
         )
-    if teacher is not None and [len(rows) for rows in teacher.rows] != [len(rows) for rows in said.rows]:
-        raise UserError("What the teacher said is of other sequences: ask it about those that the student reads.")
-    truth, hidden = torch.cat(list(labels)), torch.cat(said.rows)
+    if teacher is not None and [len(rows) for rows in teacher.rows] != [len(rows) for rows in outputs.rows]:
+        raise UserError(
+            "The teacher's outputs are of other sequences: give those for the sequences that the student reads."
+        )
+    truth, hidden = torch.cat(list(labels)), torch.cat(outputs.rows)
     taught = None if teacher is None else torch.cat(teacher.rows)
     step = max(1, chunk_bytes // (5 * 4 * size))
     parts = []
     for start in range(0, len(truth), step):
         there = slice(start, start + step)
         log_p = None if teacher is None or taught is None else _log_probs(taught[there], teacher.head)
-        parts.append(_chunk(_log_probs(hidden[there], said.head), log_p, truth[there]))
+        parts.append(_chunk(_log_probs(hidden[there], outputs.head), log_p, truth[there]))
     return [torch.cat(column) for column in zip(*parts)]
 
 
@@ -380,8 +382,8 @@ def _speed(model: LanguageModel) -> tuple[Value, Value]:
 
 
 def _read(model: LanguageModel, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
-    told = model.causal.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
-    return project(told.last_hidden_state[:, -1:], model.head).argmax(-1), told.past_key_values
+    step = model.causal.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+    return project(step.last_hidden_state[:, -1:], model.head).argmax(-1), step.past_key_values
 
 
 def _now(device: torch.device) -> float:

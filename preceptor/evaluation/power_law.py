@@ -84,7 +84,7 @@ class PowerLawVerdict:
         return not self.reason
 
     def expected(self, step: float) -> float:
-        """What the law says at a step.
+        """The law's value at a step.
 
         Raises:
             ValueError: there is no law.
@@ -225,7 +225,7 @@ class Watcher:
 
     @property
     def verdict(self) -> PowerLawVerdict:
-        """What is to be said of the checkpoints so far."""
+        """The verdict on the checkpoints so far."""
         return find_departure(constant_part(self.points, self.training, self.total), self.watch)
 
     def see(self, step: int, proxy: float, *, total: int) -> PowerLawVerdict:

@@ -13,7 +13,7 @@ from preceptor.report.table import Table
 
 
 def write_result(
-    folder: Path, table: Table, told: list[dict[str, Any]] | None = None, *, headline: str = "", command: str = ""
+    folder: Path, table: Table, answers: list[dict[str, Any]] | None = None, *, headline: str = "", command: str = ""
 ) -> None:
     """Write ``result.json`` (the table, a headline, the command that repeats it) and ``samples.json``.
 
@@ -25,8 +25,8 @@ def write_result(
     _writable(folder).mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {"table": table.json(), "headline": headline, "command": command}
     _replace(folder / "result.json", {name: value for name, value in result.items() if value})
-    if told is not None:
-        _replace(folder / "samples.json", told)
+    if answers is not None:
+        _replace(folder / "samples.json", answers)
 
 
 def _replace(path: Path, value: object) -> None:

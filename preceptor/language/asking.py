@@ -139,18 +139,18 @@ class Asking:
     async def _call(self, jobs: list[Job]) -> None:
         """Make one call for these jobs, and keep what it gives before anything else is begun."""
         try:
-            said = await self._gate.call(
+            answers = await self._gate.call(
                 self._size(jobs), lambda: self._backend.answer([job.call for job in jobs]), _taken
             )
             self._in_a_row = 0
         except CallFailed as failed:
-            said = [failed] * len(jobs)
+            answers = [failed] * len(jobs)
             self._in_a_row += failed.again
             if self._in_a_row >= max(FAILURES_IN_A_ROW, 2 * self._gate.limits.concurrency):
                 why = f"{self._in_a_row} calls failed one after another, the last with: {failed.reason}"
                 self._stopped = self._stopped or why
         kept, going = [], []
-        for job, answer in zip(jobs, said):
+        for job, answer in zip(jobs, answers):
             job.called = True
             key, asked = job.key, job.asked
             if isinstance(answer, CallFailed):
@@ -206,6 +206,6 @@ class Asking:
             self._ticker.count(1, failed=bool(reply.error), called=False, spent=self._gate.meter.spent)
 
 
-def _taken(said: Sequence[Answer | CallFailed]) -> tuple[int, int]:
-    answers = [answer for answer in said if isinstance(answer, Answer)]
-    return sum(answer.prompt_tokens for answer in answers), sum(answer.completion_tokens for answer in answers)
+def _taken(answers: Sequence[Answer | CallFailed]) -> tuple[int, int]:
+    given = [answer for answer in answers if isinstance(answer, Answer)]
+    return sum(answer.prompt_tokens for answer in given), sum(answer.completion_tokens for answer in given)

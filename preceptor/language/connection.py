@@ -79,7 +79,7 @@ class Connection(asyncio.Protocol):
             self._fail(f"the answer is not HTTP: {error}")
 
     def connection_lost(self, error: Exception | None) -> None:
-        """asyncio's: the end. It also ends an answer whose length was not told."""
+        """asyncio's: the end. It also ends an answer whose length was not given."""
         self.open = False
         headers = self._response.headers
         if headers and not {"content-length", "transfer-encoding"} & headers.keys() and error is None:

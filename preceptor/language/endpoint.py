@@ -84,28 +84,28 @@ class Endpoint:
 
     def prompt_bound(self, request: Request) -> int:
         """One token a byte, and what a chat template adds."""
-        said = sum(len(message["content"].encode("utf-8", "replace")) for message in request.messages)
+        content = sum(len(message["content"].encode("utf-8", "replace")) for message in request.messages)
         schema = len(json.dumps(request.schema)) if request.schema and self._native_schema else 0
-        return said + schema + PER_MESSAGE * len(request.messages) + PER_REQUEST
+        return content + schema + PER_MESSAGE * len(request.messages) + PER_REQUEST
 
     async def answer(self, requests: Sequence[Request]) -> list[Answer | CallFailed]:
         """The endpoint's answer to one request.
 
         Raises:
-            CallFailed: no answer came, or one that says nothing.
+            CallFailed: no answer came, or one without content.
             UserError: nothing listens there, the key is refused, or there is no such model, and nothing was ever
                 answered: what happens later is a failure of that call.
         """
         [request] = requests
-        said = await self._post("/chat/completions", self._body(request))
+        body = await self._post("/chat/completions", self._body(request))
         try:
-            choice = said["choices"][0]
+            choice = body["choices"][0]
             text, finish = choice["message"]["content"], choice.get("finish_reason")
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise CallFailed("the answer has no choices[0].message.content", again=True, charged=True) from error
         if not isinstance(text, str):
             raise CallFailed(f"the answer holds no text (finish_reason {finish!r})", charged=True)
-        prompt, completion = _used(said) or (self.prompt_bound(request), request.max_tokens)
+        prompt, completion = _used(body) or (self.prompt_bound(request), request.max_tokens)
         sound = self._hide(text).encode("utf-8", "replace").decode()  # JSON may bring half a character
         return [Answer(sound, prompt, completion, cut=finish == "length")]
 
@@ -131,16 +131,16 @@ class Endpoint:
                 return await gate.call(
                     size,
                     lambda: self._post("/chat/completions", body),
-                    lambda said: _used(said) or (size.prompt, size.completion),
+                    lambda body: _used(body) or (size.prompt, size.completion),
                 )
 
         first = await post(messages)
         known = {"prompt_logprobs": 0, "add_generation_prompt": False, "continue_final_message": True}
         ends: list[Message] = [{"role": "assistant", "content": text} for text in continuations]
         try:
-            said = await asyncio.gather(*(post((*messages, end), **known) for end in ends))
+            body = await asyncio.gather(*(post((*messages, end), **known) for end in ends))
             start = int(first["usage"]["prompt_tokens"])
-            rows = [[next(iter(place.values()))["logprob"] for place in one["prompt_logprobs"][1:]] for one in said]
+            rows = [[next(iter(place.values()))["logprob"] for place in one["prompt_logprobs"][1:]] for one in body]
         except (CallFailed, KeyError, IndexError, TypeError, AttributeError) as error:
             if isinstance(error, CallFailed) and error.status not in (400, 422):
                 raise
@@ -192,13 +192,13 @@ class Endpoint:
         if response.status != 200:
             await self._refuse(response.status, text, response.headers)
         try:
-            said = json.loads(text)
+            answered: Any = json.loads(text)
         except (ValueError, RecursionError):
-            said = None
-        if not isinstance(said, dict):
+            answered = None
+        if not isinstance(answered, dict):
             raise CallFailed(f"the answer is not JSON ({_shorten(text)!r})", again=True, charged=True)
         self._answered = True
-        return said
+        return answered
 
     def _connect(self) -> Connections:
         from preceptor.language.connection import Connections
@@ -238,7 +238,7 @@ class Endpoint:
             asked = self._connections.call("GET", self._path + "/models")
             listed = json.loads(self._hide((await asyncio.wait_for(asked, 5)).body.decode()))
             names = [str(model["id"]) for model in listed["data"]]
-        except Exception:  # whatever goes wrong, the error that is being told is another one
+        except Exception:  # whatever goes wrong, the error that is being reported is another one
             names = []
         shown = ", ".join(f'"{name}"' for name in names[:5])
         return f"it has {shown}{' and others' if len(names) > 5 else ''}" if names else "correct one of them"
@@ -308,23 +308,23 @@ def _check_url(url: str) -> str:
     return url.rstrip("/").removesuffix("/chat/completions")
 
 
-def _used(said: dict[str, Any]) -> tuple[int, int] | None:
+def _used(body: dict[str, Any]) -> tuple[int, int] | None:
     """The tokens read and written that an answer tells, where it does."""
-    used: Any = said.get("usage") if isinstance(said.get("usage"), dict) else {}
+    used: Any = body.get("usage") if isinstance(body.get("usage"), dict) else {}
     prompt, completion = used.get("prompt_tokens"), used.get("completion_tokens")
     return (prompt, completion) if isinstance(prompt, int) and isinstance(completion, int) else None
 
 
 def _message(text: str) -> str:
-    """What the body of a refusal says."""
+    """The message in the body of a refusal."""
     try:
-        said = json.loads(text)
+        body = json.loads(text)
     except (ValueError, RecursionError):
         return _shorten(text)
     for name in ("error", "message", "detail"):
-        while isinstance(said, dict) and name in said:
-            said = said[name]
-    return _shorten(said if isinstance(said, str) else json.dumps(said))
+        while isinstance(body, dict) and name in body:
+            body = body[name]
+    return _shorten(body if isinstance(body, str) else json.dumps(body))
 
 
 def _shorten(text: str) -> str:

@@ -98,9 +98,9 @@ class Gate:
         seconds = min(self.limits.call_seconds, self.deadline - now)
         try:
             with _Within(seconds):
-                said = await make()
-            prompt, completion = taken(said)
-            return said
+                answer = await make()
+            prompt, completion = taken(answer)
+            return answer
         except TimeoutError:
             raise CallFailed(f"no answer within {seconds:.3g} s", again=True, charged=True) from None
         except CallFailed as failed:

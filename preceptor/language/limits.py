@@ -91,7 +91,7 @@ class Meter:
     """Counts what is spent. A call is reserved at the most it can come to, and settled at what it came to.
 
     A call begins only if it fits beside everything spent and reserved, so a limit is never passed, as long as the
-    backend holds to ``max_tokens`` and a prompt has no more tokens than ``Backend.prompt_bound`` says.
+    backend holds to ``max_tokens`` and a prompt has no more tokens than ``Backend.prompt_bound`` gives.
     """
 
     def __init__(self, budget: Budget) -> None:

@@ -54,14 +54,14 @@ class LocalModel:
 
     async def answer(self, requests: Sequence[Request]) -> list[Answer | CallFailed]:
         """The model's answers. Requests that differ in length or temperature are sampled apart."""
-        said: list[Answer | CallFailed] = []
+        answers: list[Answer | CallFailed] = []
         prompts: dict[int, tuple[int, ...]] = {}
         for index, request in enumerate(requests):
             try:
                 prompts[index] = self._encode(request)
-                said.append(Answer("", 0, 0))
+                answers.append(Answer("", 0, 0))
             except CallFailed as failed:
-                said.append(failed)
+                answers.append(failed)
         for kind in sorted({(requests[index].temperature, requests[index].max_tokens) for index in prompts}):
             alike = [index for index in prompts if (requests[index].temperature, requests[index].max_tokens) == kind]
             with _seeded([requests[index] for index in alike], self._model.device):
@@ -72,8 +72,8 @@ class LocalModel:
                     batch_size=self.group,
                 )
             for index, ids in zip(alike, written):
-                said[index] = self._read(requests[index], len(prompts[index]), ids)
-        return said
+                answers[index] = self._read(requests[index], len(prompts[index]), ids)
+        return answers
 
     async def log_probabilities(
         self, messages: Sequence[Message], continuations: Sequence[str], gate: Gate

@@ -50,7 +50,7 @@ class Reply:
     """What came back for one request: an answer, or the reason why there is none."""
 
     text: str = ""
-    """What the model said; for a structured answer that could not be read, its last attempt."""
+    """The model's text; for a structured answer that could not be read, its last attempt."""
     prompt_tokens: int = 0
     """Tokens read, over all attempts at a structured answer; as the backend counts them."""
     completion_tokens: int = 0
@@ -67,7 +67,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a backend says to one request."""
+    """A backend's answer to one request."""
 
     text: str
     prompt_tokens: int

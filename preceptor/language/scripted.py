@@ -27,9 +27,9 @@ class Scripted:
         return _words(request)
 
     async def answer(self, requests: Sequence[Request]) -> list[Answer | CallFailed]:
-        """What the script says."""
-        said = [(request, self._say(request)) for request in requests]
-        return [Answer(text, _words(request), len(text.split())) for request, text in said]
+        """The script's answers."""
+        texts = [(request, self._say(request)) for request in requests]
+        return [Answer(text, _words(request), len(text.split())) for request, text in texts]
 
     async def close(self) -> None:
         """Nothing is open."""
@@ -44,7 +44,7 @@ class Scripted:
 
 
 class Echo:
-    """Says the last message again, cut to ``max_tokens`` words; a token is a word."""
+    """Repeats the last message, cut to ``max_tokens`` words; a token is a word."""
 
     identity = "echo"
     group = 1

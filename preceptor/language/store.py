@@ -153,7 +153,7 @@ class Store:
 
 
 def _write(request: Request) -> str:
-    return json.dumps(vars(request))  # in the order given: a schema is told to the model in that order
+    return json.dumps(vars(request))  # in the order given: a schema is shown to the model in that order
 
 
 def _sound(text: str) -> str:

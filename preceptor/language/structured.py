@@ -53,29 +53,29 @@ def object_schema(**properties: Any) -> dict[str, Any]:
 
 
 def instructed(request: Request) -> Request:
-    """The request with its schema, if it has one, told to the model at the end of the last message."""
+    """The request with its schema, if it has one, shown to the model at the end of the last message."""
     if request.schema is None:
         return request
-    told = (
+    instruction = (
         "Answer with one JSON value and nothing else. It must fit this JSON schema:\n"
         f"{json.dumps(request.schema, ensure_ascii=False)}"
     )
     *before, last = request.messages
-    return replace(request, messages=(*before, {**last, "content": f"{last['content']}\n\n{told}"}))
+    return replace(request, messages=(*before, {**last, "content": f"{last['content']}\n\n{instruction}"}))
 
 
 def corrected(call: Request, text: str, reason: str) -> Request:
-    """The request that follows on an answer that does not fit: what was said, and what is wrong with it."""
-    told = f"That answer cannot be used: {reason}. Answer again, with the corrected JSON value and nothing else."
-    said = ({"role": "assistant", "content": text}, {"role": "user", "content": told})
-    return replace(call, messages=(*call.messages, *said))
+    """The request that follows on an answer that does not fit: the answer, and what is wrong with it."""
+    instruction = f"That answer cannot be used: {reason}. Answer again, with the corrected JSON value and nothing else."
+    exchange = ({"role": "assistant", "content": text}, {"role": "user", "content": instruction})
+    return replace(call, messages=(*call.messages, *exchange))
 
 
 def read_json(text: str, schema: dict[str, Any], *, cut: bool = False) -> tuple[Any, str]:
     """The value in an answer, and an empty reason; or None and what is wrong, in words that a model understands.
 
     The value may stand in a code fence or between other text, and may have commas before a closing bracket and line
-    breaks inside strings; nothing else is mended, and nothing is added that was not said. Of several values the first
+    breaks inside strings; nothing else is mended, and nothing is added that was not there. Of several values the first
     that fits the schema is taken. ``cut``: whether the answer was cut off, which is then what is wrong with it.
     """
     # An empty registry: nothing that a schema refers to is ever fetched.

@@ -31,26 +31,26 @@ them, and the rows that they belong to, to sums over the chunk (statistics,); th
 def packed(
     hidden: Tensor, head: Head, teacher: SoftTargets, mask: Tensor
 ) -> tuple[Tensor, HiddenTargets | LogitTargets]:
-    """The selected rows of the student's hidden states (rows, width), and what the teacher says about them.
+    """The selected rows of the student's hidden states (rows, width), and the teacher's outputs for them.
 
     Raises:
         UserError: the teacher is not dense, speaks about other positions, or has another vocabulary.
     """
     if mask.shape != hidden.shape[:-1]:
         raise UserError(f"The mask has shape {tuple(mask.shape)} and the positions {tuple(hidden.shape[:-1])}.")
-    said = rows_of(teacher, mask)
-    size = len(said.head.weight) if isinstance(said, HiddenTargets) else said.logits.shape[-1]
+    targets = rows_of(teacher, mask)
+    size = len(targets.head.weight) if isinstance(targets, HiddenTargets) else targets.logits.shape[-1]
     if size != head.weight.shape[0]:
         raise UserError(
             f"The teacher's vocabulary has {size} entries and the student's {head.weight.shape[0]}; use models that "
             "share a tokenizer."
         )
-    if isinstance(said, HiddenTargets):
-        return hidden[mask], HiddenTargets(said.hidden.detach(), said.head)
-    return hidden[mask], LogitTargets(said.logits.detach())
+    if isinstance(targets, HiddenTargets):
+        return hidden[mask], HiddenTargets(targets.hidden.detach(), targets.head)
+    return hidden[mask], LogitTargets(targets.logits.detach())
 
 
-def says(teacher: HiddenTargets | LogitTargets, rows: slice, product: torch.dtype) -> Tensor:
+def teacher_log_probs(teacher: HiddenTargets | LogitTargets, rows: slice, product: torch.dtype) -> Tensor:
     """Log-probabilities (rows, vocabulary) of a teacher at some of its packed rows, in float32 at least."""
     if isinstance(teacher, LogitTargets):
         return row_log_probs(teacher.logits[rows], Logits(), 1.0, wide(product))

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from preceptor.errors import UserError
 from preceptor.knowledge import Head, SoftTargets
 from preceptor.losses import Loss
-from preceptor.losses.chunked import CHUNK_BYTES, blocks, nothing, packed, product_type, says, summed, wide
+from preceptor.losses.chunked import CHUNK_BYTES, blocks, nothing, packed, product_type, summed, teacher_log_probs, wide
 from preceptor.losses.rows import Logits, RowObjective, StudentRows
 
 FLOOR = -30.0  # log-probabilities as f_sub is shown them go down to here
@@ -230,7 +230,7 @@ def clipped_kl(
     """
     if clipping.mode == "learned" and quantiles is None:
         raise UserError("Learned quantiles need f_sub: pass `quantiles`, or set clipping.mode to fixed.")
-    rows, said = packed(hidden, head, teacher, mask)
+    rows, outputs = packed(hidden, head, teacher, mask)
     if len(rows) == 0:
         warnings.warn("No position is selected by the mask; the loss is exactly 0.", stacklevel=2)
         zero = torch.zeros((), device=hidden.device)
@@ -246,7 +246,7 @@ def clipped_kl(
     def score(z: Tensor, part: slice) -> Tensor:
         product = product_type(hidden)
         student = StudentRows(z, Logits(head.scale, head.softcap), objective, wide(product))
-        log_p = says(said, part, product)
+        log_p = teacher_log_probs(outputs, part, product)
         ids, classes = considered(log_p, student.s, wanted[part], clipping.top)
         lower, upper = _quantiles(classes, clipping, quantiles)
         kept = gates(classes, lower, upper, clipping)

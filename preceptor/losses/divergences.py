@@ -91,14 +91,14 @@ def divergence(
     _check_shapes(hidden, head, teacher, mask, labels)
     if labels is not None and mask is None:
         mask = labels != IGNORED
-    rows, chosen, said = _select(hidden, teacher, mask, labels)
-    _check_targets(said, chosen, rows.shape[0], head.weight.shape[0], kind, temperature)
+    rows, chosen, targets = _select(hidden, teacher, mask, labels)
+    _check_targets(targets, chosen, rows.shape[0], head.weight.shape[0], kind, temperature)
     if rows.shape[0] == 0:
         return _empty(hidden, head, teacher, labels)
     objective = _objective(kind, beta, alpha, temperature=temperature, gain=weight, label_gain=label_weight)
     plan = PassPlan(objective, tail, *_dtypes(rows, head.weight, float32_gradient), chunk_bytes, compiled)
     total, sums = FusedDivergence.apply(  # type: ignore[no-untyped-call]
-        rows, head.weight, head.bias, head, said, chosen, plan
+        rows, head.weight, head.bias, head, targets, chosen, plan
     )
     count = torch.tensor(rows.shape[0], device=hidden.device)
     return Loss(total, count, {name: sums[STATS.index(name)] for name in _names(teacher, labels)})

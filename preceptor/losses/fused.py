@@ -67,7 +67,7 @@ class _Teacher:
         self.buffers = 2 if isinstance(targets, HiddenTargets) or self.spread else 1
         self.buffer: Tensor | None = None
 
-    def says(self, rows: slice) -> RowTargets:
+    def block(self, rows: slice) -> RowTargets:
         targets, plan, heat = self.targets, self.plan, self.plan.objective.temperature
         if isinstance(targets, SampledTargets):
             return RowTargets("sampled", ids=targets.ids[rows], values=targets.weights[rows])
@@ -89,17 +89,19 @@ class _Teacher:
         return RowTargets("labels")
 
 
-def _score(z: Tensor, form: Logits, said: RowTargets, labels: Tensor | None, plan: PassPlan, gradient: bool) -> Tensor:
+def _score(
+    z: Tensor, form: Logits, targets: RowTargets, labels: Tensor | None, plan: PassPlan, gradient: bool
+) -> Tensor:
     """Statistics (rows, 5) of one chunk, whose products become gradients."""
     if plan.compiled and plan.work_dtype == torch.float32 and kernel.usable(z):
-        return kernel.score(z, form, said, labels, plan.objective, gradient=gradient)
-    rows = {"bucket": bucket_rows, "sampled": sampled_rows}.get(said.mode, dense_rows)
+        return kernel.score(z, form, targets, labels, plan.objective, gradient=gradient)
+    rows = {"bucket": bucket_rows, "sampled": sampled_rows}.get(targets.mode, dense_rows)
     step = max(1, ROWS_BYTES.get(z.device.type, MANY_ROWS_BYTES) // (z.shape[1] * plan.work_dtype.itemsize))
     parts = []
     for start in range(0, z.shape[0], step):
         part = slice(start, start + step)
         some = None if labels is None else labels[part]
-        parts.append(rows(z[part], form, said[part], some, plan.objective, work=plan.work_dtype, gradient=gradient))
+        parts.append(rows(z[part], form, targets[part], some, plan.objective, work=plan.work_dtype, gradient=gradient))
     return torch.cat(parts)
 
 
@@ -135,7 +137,7 @@ class FusedDivergence(torch.autograd.Function):
             z = buffer[: x.shape[0]]
             logits_into(z, x, weight, bias)
             some = None if labels is None else labels[part]
-            sums += _score(z, form, teacher.says(part), some, plan, gradient).sum(0, dtype=wide)
+            sums += _score(z, form, teacher.block(part), some, plan, gradient).sum(0, dtype=wide)
             if grad_hidden is not None:
                 grad_hidden[part] = hidden_gradient(z, weight, plan.work_dtype)
             if grad_weight is not None:

@@ -1,7 +1,7 @@
 """The compiled form of `rows` for CPUs: built from ``rows.c`` on first use, kept in the user's cache folder.
 
 Without a C compiler, or where the build does not reproduce `rows` on a small example, there is no kernel and the
-PyTorch form is used; `status` says which and why.
+PyTorch form is used; `status` gives which and why.
 """
 
 from __future__ import annotations
@@ -64,35 +64,41 @@ def status() -> str:
 
 
 def score(
-    product: Tensor, form: Logits, said: RowTargets, labels: Tensor | None, objective: RowObjective, *, gradient: bool
+    product: Tensor,
+    form: Logits,
+    targets: RowTargets,
+    labels: Tensor | None,
+    objective: RowObjective,
+    *,
+    gradient: bool,
 ) -> Tensor:
     """As `rows.dense_rows` and its siblings: statistics (rows, 5); ``product`` becomes its gradient."""
     library = _library()[0]
     if library is None:
         raise RuntimeError(status())
-    return _run(library, product, form, said, labels, objective, gradient=gradient)
+    return _run(library, product, form, targets, labels, objective, gradient=gradient)
 
 
 def _run(
     library: ctypes.CDLL,
     product: Tensor,
     form: Logits,
-    said: RowTargets,
+    targets: RowTargets,
     labels: Tensor | None,
     objective: RowObjective,
     *,
     gradient: bool,
 ) -> Tensor:
     rows, vocabulary = product.shape
-    logits = _plain(said.logits, TYPES)
-    ids = None if said.ids is None else said.ids.contiguous()
-    values = None if said.values is None else said.values.to(torch.float32).contiguous()
+    logits = _plain(targets.logits, TYPES)
+    ids = None if targets.ids is None else targets.ids.contiguous()
+    values = None if targets.values is None else targets.values.to(torch.float32).contiguous()
     labels = None if labels is None else labels.contiguous()
     job = _Job(
         vocabulary=vocabulary,
         k=0 if ids is None else ids.shape[-1],
         kind=get_args(Kind).index(objective.kind),
-        mode=MODES.index(said.mode),
+        mode=MODES.index(targets.mode),
         student_type=TYPES[product.dtype],
         teacher_type=0 if logits is None else TYPES[logits.dtype],
         gradient=gradient,
@@ -103,8 +109,8 @@ def _run(
         label_gain=objective.label_gain,
         student_scale=form.scale,
         student_cap=form.softcap or 0.0,
-        teacher_scale=said.form.scale,
-        teacher_cap=said.form.softcap or 0.0,
+        teacher_scale=targets.form.scale,
+        teacher_cap=targets.form.softcap or 0.0,
     )
     stats = torch.zeros(rows, len(STATS), dtype=torch.float64, device="cpu")
     where = [
@@ -158,8 +164,8 @@ def _agrees(library: ctypes.CDLL) -> bool:
     labels = torch.tensor([3, 69], device="cpu")
     kept, ids = torch.log_softmax(teacher, -1).topk(5)
     form = Logits(0.8, 9.0)
-    said = (RowTargets("dense", logits=teacher), RowTargets("bucket", ids=ids, values=with_tail(kept, 70, 1.5)))
-    cases = [(kind, one, dtype) for kind in get_args(Kind) for one in said for dtype in TYPES]
+    targets = (RowTargets("dense", logits=teacher), RowTargets("bucket", ids=ids, values=with_tail(kept, 70, 1.5)))
+    cases = [(kind, one, dtype) for kind in get_args(Kind) for one in targets for dtype in TYPES]
     for kind, one, dtype in cases:
         objective = RowObjective(kind, mix=0.3, temperature=1.5, gain=1.0, label_gain=0.5)
         ours, theirs = student.to(dtype, copy=True), student.to(dtype, copy=True)

@@ -48,10 +48,10 @@ class RowObjective:
 
 @dataclass(frozen=True)
 class RowTargets:
-    """What a teacher says about a block of rows.
+    """A teacher's targets for a block of rows.
 
-    ``mode``: ``"labels"`` (nothing), ``"dense"`` (``logits``, products when ``form`` says so), ``"bucket"`` (``ids``
-    and k + 1 log-probabilities at the temperature, the tail's last) or ``"sampled"`` (``ids`` and their weights).
+    ``mode``: ``"labels"`` (nothing), ``"dense"`` (``logits``, products when ``form`` is not plain), ``"bucket"``
+    (``ids`` and k + 1 log-probabilities at the temperature, the tail's last) or ``"sampled"`` (``ids`` and weights).
     """
 
     mode: Literal["labels", "dense", "bucket", "sampled"]
@@ -154,7 +154,7 @@ class StudentRows:
 def dense_rows(
     product: Tensor,
     form: Logits,
-    said: RowTargets,
+    targets: RowTargets,
     labels: Tensor | None,
     objective: RowObjective,
     *,
@@ -168,8 +168,8 @@ def dense_rows(
     student = StudentRows(product, form, objective, work)
     value = teacher_entropy = agreement = torch.zeros_like(student.s[:, 0])
     du = None
-    if said.logits is not None:
-        t = row_log_probs(said.logits, said.form, objective.temperature, work)
+    if targets.logits is not None:
+        t = row_log_probs(targets.logits, targets.form, objective.temperature, work)
         value, du = divergence_of(objective.kind, objective.mix, student.s, t, gradient=gradient)
         teacher_entropy = -_times(t.exp(), t).sum(-1)
         agreement = (student.s.argmax(-1) == t.argmax(-1)).to(work)
@@ -226,7 +226,7 @@ def spread_rows(ids: Tensor, values: Tensor, vocabulary: int) -> Tensor:
 def bucket_rows(
     product: Tensor,
     form: Logits,
-    said: RowTargets,
+    targets: RowTargets,
     labels: Tensor | None,
     objective: RowObjective,
     *,
@@ -234,16 +234,16 @@ def bucket_rows(
     gradient: bool,
 ) -> Tensor:
     """As `dense_rows` for top-k targets: a divergence of k + 1 classes, the last one all unlisted tokens together."""
-    assert said.ids is not None
-    assert said.values is not None
+    assert targets.ids is not None
+    assert targets.values is not None
     student = StudentRows(product, form, objective, work)
-    t = said.values.to(work)
-    used, best, safe = _used(said.ids, t[:, :-1])
+    t = targets.values.to(work)
+    used, best, safe = _used(targets.ids, t[:, :-1])
     rest = student.s.scatter(-1, safe, -math.inf)
     log_rest = torch.logsumexp(rest, -1, keepdim=True)
     s = torch.cat((student.s.gather(-1, safe).masked_fill(~used, -math.inf), log_rest), -1)
     value, du_classes = divergence_of(objective.kind, objective.mix, s, t, gradient=gradient)
-    agreement = (student.s.argmax(-1) == said.ids.gather(-1, best).squeeze(-1)).to(work)
+    agreement = (student.s.argmax(-1) == targets.ids.gather(-1, best).squeeze(-1)).to(work)
     zero = torch.zeros_like(value)
     stats = torch.stack((value, student.cross_entropy(labels), student.entropy(), zero, agreement), -1)
     if du_classes is not None:
@@ -257,7 +257,7 @@ def bucket_rows(
 def sampled_rows(
     product: Tensor,
     form: Logits,
-    said: RowTargets,
+    targets: RowTargets,
     labels: Tensor | None,
     objective: RowObjective,
     *,
@@ -268,14 +268,14 @@ def sampled_rows(
 
     Its expectation is the forward KL plus the teacher's entropy, and its gradient's is that of the forward KL.
     """
-    assert said.ids is not None
-    assert said.values is not None
+    assert targets.ids is not None
+    assert targets.values is not None
     student = StudentRows(product, form, objective, work)
-    weights = said.values.to(work)
-    value = -_times(weights, student.s.gather(-1, said.ids)).sum(-1)
+    weights = targets.values.to(work)
+    value = -_times(weights, student.s.gather(-1, targets.ids)).sum(-1)
     zero = torch.zeros_like(value)
     stats = torch.stack((value, student.cross_entropy(labels), student.entropy(), zero, zero), -1)
     if gradient:
         du = student.s.exp() * weights.sum(-1, keepdim=True)
-        student.write(product, objective, du.scatter_add_(-1, said.ids, -weights), labels)
+        student.write(product, objective, du.scatter_add_(-1, targets.ids, -weights), labels)
     return stats

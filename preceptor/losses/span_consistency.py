@@ -15,7 +15,7 @@ from torch import Tensor
 from preceptor.errors import UserError
 from preceptor.knowledge import Head, HiddenTargets, LogitTargets, SoftTargets
 from preceptor.losses import Loss
-from preceptor.losses.chunked import CHUNK_BYTES, blocks, nothing, packed, product_type, says, summed, wide
+from preceptor.losses.chunked import CHUNK_BYTES, blocks, nothing, packed, product_type, summed, teacher_log_probs, wide
 from preceptor.losses.rows import Logits, RowObjective, StudentRows
 
 
@@ -49,7 +49,7 @@ def span_consistency(
     Raises:
         UserError: vocabularies or shapes that do not fit, or a pair beyond the rows.
     """
-    rows, said = packed(hidden, head, teacher, mask)
+    rows, outputs = packed(hidden, head, teacher, mask)
     count = torch.tensor(len(pairs), device=hidden.device)
     if len(pairs) == 0:
         zero = torch.zeros((), device=hidden.device)
@@ -58,13 +58,13 @@ def span_consistency(
         raise UserError(f"A pair begins at row {int(pairs.max())}, and there are {len(rows)} rows.")
     used = torch.unique(torch.cat([pairs, pairs + 1]))
     first = torch.searchsorted(used, pairs)
-    said = _some(said, used)
+    outputs = _some(outputs, used)
     objective = RowObjective("forward_kl", 0.0, 1.0, 1.0, 0.0)
 
     def score(z: Tensor, part: slice) -> Tensor:
         product = product_type(hidden)
         student = StudentRows(z, Logits(head.scale, head.softcap), objective, wide(product))
-        q, p = student.s.exp(), says(said, part, product).exp_()
+        q, p = student.s.exp(), teacher_log_probs(outputs, part, product).exp_()
         here = first[(first >= part.start) & (first < part.stop - 1)] - part.start
         gap = q[here] * q[here + 1] - p[here] * p[here + 1]
         size = gap.square().sum(-1) if squared else gap.norm(dim=-1)
@@ -84,10 +84,10 @@ def span_consistency(
     return Loss(total, count, {"span": sums[1], "span_slope": slope})
 
 
-def _some(said: HiddenTargets | LogitTargets, rows: Tensor) -> HiddenTargets | LogitTargets:
-    if isinstance(said, HiddenTargets):
-        return HiddenTargets(said.hidden[rows], said.head)
-    return LogitTargets(said.logits[rows])
+def _some(outputs: HiddenTargets | LogitTargets, rows: Tensor) -> HiddenTargets | LogitTargets:
+    if isinstance(outputs, HiddenTargets):
+        return HiddenTargets(outputs.hidden[rows], outputs.head)
+    return LogitTargets(outputs.logits[rows])
 
 
 def _whole_pairs(parts: list[slice], first: Tensor) -> list[slice]:

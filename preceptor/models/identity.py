@@ -60,6 +60,16 @@ def tokenizer_hash(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(sorted(_by_id(tokenizer).items())).encode()).hexdigest()
 
 
+def provenance(teacher: str, text: str, tokenizer: Any) -> dict[str, str]:
+    """What a run of language models rests on, for its environment.json: names of teacher and text, and two hashes."""
+    return {
+        "teacher": teacher,
+        "text": text,
+        "tokenizer": tokenizer_hash(tokenizer),
+        "chat template": template_hash(tokenizer),
+    }
+
+
 def template_hash(tokenizer: Any) -> str:
     """SHA-256 of the chat template; that of the empty text where there is none."""
     template = tokenizer.chat_template or ""

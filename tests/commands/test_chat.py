@@ -62,7 +62,7 @@ def test_out_of_turns_is_told_apart_and_shows_a_solution(say: Say, capsys: pytes
 def test_an_answer_that_was_told_is_revealed(say: Say, capsys: pytest.CaptureFixture[str]) -> None:
     say("10", "10", "then 53")
     main(Config(partner="teller"))
-    assert "the teacher had said the answer before" in capsys.readouterr().out
+    assert "the teacher had given the answer before" in capsys.readouterr().out
     assert lines()[-1] == {"outcome": "revealed"}
 
 
@@ -178,7 +178,7 @@ def test_a_model_is_the_other_side_and_its_silence_is_told(say: Say, capsys: pyt
     assert said[1] == "I think 10"
     say("4", "", "Student:", "/quit")
     main(Config(person="teacher", chat=ChatSettings(model="echo"), output="silent.jsonl"))
-    assert "No answer: the model said nothing" in capsys.readouterr().out
+    assert "No answer: the model wrote nothing" in capsys.readouterr().out
 
 
 def test_the_command_takes_settings_and_problems_of_a_file(say: Say, capsys: pytest.CaptureFixture[str]) -> None:

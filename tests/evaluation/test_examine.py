@@ -156,11 +156,11 @@ def test_what_the_teacher_said_serves_several_students(
     assert reused.kl.mean == pytest.approx(online.kl.mean, rel=1e-6)
     assert reused.kl.error == pytest.approx(online.kl.error, rel=1e-5)
     alone = evaluate_language(teacher, None, sequences, speed=False)
-    assert evaluate_language(teacher, None, sequences, said=ask(teacher, sequences), speed=False) == alone
+    assert evaluate_language(teacher, None, sequences, outputs=ask(teacher, sequences), speed=False) == alone
     with pytest.raises(UserError, match="other sequences"):
         evaluate_language(student, said, sequences[:-1], speed=False)
     with pytest.raises(UserError, match="other sequences"):
-        evaluate_language(teacher, None, sequences[:-1], said=said, speed=False)
+        evaluate_language(teacher, None, sequences[:-1], outputs=said, speed=False)
 
 
 def test_own_samples_are_the_students_and_follow_the_seed(teacher: LanguageModel, student: LanguageModel) -> None:

@@ -3,7 +3,7 @@
 Paper: On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes (Agarwal et al., ICLR 2024),
 https://arxiv.org/abs/2306.13649; with the losses of DistiLLM (Ko et al., ICML 2024), https://arxiv.org/abs/2402.03898.
 
-With teacher p, student q, prompts x and responses y, and a divergence D taken token by token (``losses.divergences``):
+With teacher p, student q, prompts x and responses y, and a divergence D by token (``losses/divergences.py``):
 
     L = (1 - λ) E_{y ~ data}[ D(p ‖ q)(y | x) ] + λ E_{y ~ q(. | x)}[ D(p ‖ q)(y | x) ] + w · CE(labels)
 
@@ -18,18 +18,16 @@ Decided here, where the sources differ or are silent:
 * λ is drawn for each example, not once for a batch, so that a step's loss does not jump between two kinds of text.
 * No gradient flows through sampling (as in the paper). One batched generation serves a whole optimizer step.
 * The loss is a mean over tokens of the whole step, over micro-batches and processes.
-* Labels are the tokens of given answers: what the student wrote itself is distilled, not imitated.
+* Labels are the tokens of given answers: the student's own samples are distilled, not imitated.
 * β = 0 and β = 1 are the forward and the reverse KL themselves (TRL's convention); the scale of JSD(β) vanishes towards
-  both ends, so the learning rate must follow β: see ``losses.divergences``.
+  both ends, so the learning rate must follow β: see ``losses/divergences.py``.
 * Missing answers can be left to the teacher, who writes them before training starts, into ``lessons.jsonl``.
 * With ``own.adaptive`` the share of own samples follows DistiLLM's adaptive off-policy schedule: a threshold φ that
   starts at 0 and grows by 0.1 whenever the held-out loss has risen by 0.1, and a replay buffer of 1,000 samples.
-* ``watch_hacking`` asks of every evaluation whether the held-out loss has left its power law (``departure``; Tiapkin et
-  al. 2025, https://arxiv.org/abs/2502.02671), says the step, and draws it into the report.
+* ``watch_hacking`` checks at every evaluation whether the held-out loss has left its power law (Tiapkin et al. 2025,
+  https://arxiv.org/abs/2502.02671; ``evaluation/power_law.py``), logs the step, and draws it into the report.
 * A student ``lora:...`` without a base of its own learns on top of the teacher, which then is the student itself with
   its adapter off.
-
-The loop is ``teach``; the file is long because a third of it evaluates beside the teacher.
 
 Reproduction: holds over 3 seeds, control included
 
@@ -44,7 +42,6 @@ from typing import Literal
 
 from preceptor.cache import Cache
 from preceptor.cache.header import Header
-from preceptor.catalogue import repeat
 from preceptor.distillation.held_out import held_out_loss
 from preceptor.distillation.lessons import Lessons, Text, prepare_together
 from preceptor.distillation.marked import Marker
@@ -55,11 +52,11 @@ from preceptor.engine.run import Run
 from preceptor.engine.run_folder import check_folder
 from preceptor.engine.settings import Training
 from preceptor.errors import UserError
-from preceptor.evaluation.examine import examine
-from preceptor.evaluation.language import LABELS_ONLY, TAUGHT, UNTAUGHT
+from preceptor.evaluation.language import LABELS_ONLY, TAUGHT
 from preceptor.evaluation.power_law import NEEDED, Watcher, readable
 from preceptor.evaluation.power_law_picture import draw_law
-from preceptor.models.identity import same_tokenizer, template_hash, tokenizer_hash
+from preceptor.methods.gkd.examination import examine_students
+from preceptor.models.identity import provenance, same_tokenizer
 from preceptor.models.language_model import LanguageModel
 from preceptor.models.loading import load
 from preceptor.models.student import make_student
@@ -103,7 +100,9 @@ class Config:
     def __post_init__(self) -> None:
         """Refuse settings that contradict each other."""
         if self.cache and (self.own.share or self.own.adaptive):
-            raise UserError("A cache holds what the teacher said of given text, not of own samples: leave cache empty.")
+            raise UserError(
+                "A cache holds the teacher's targets for given text, not for own samples: leave cache empty."
+            )
         if self.own.adaptive and not self.training.evaluate_every:
             raise UserError("own.adaptive follows the held-out loss: set training.evaluate_every.")
         if not self.objective.weight and (self.own.share or self.own.adaptive):
@@ -155,8 +154,8 @@ paper = Config(
 )
 
 
-def teach(run: Run, student: LanguageModel, said: Teacher | None, lessons: Lessons, config: Config) -> Watcher:
-    """The loop. ``said`` answers for each batch; None teaches by labels alone. Returns who watched."""
+def teach(run: Run, student: LanguageModel, teacher: Teacher | None, lessons: Lessons, config: Config) -> Watcher:
+    """The loop. ``teacher`` gives each batch's soft targets; without one, labels alone teach."""
     own, watcher = OnPolicyMixer(config.own), Watcher(config.training)
     run.remember("own", own, apart=True)
     run.remember("watcher", watcher)
@@ -164,13 +163,13 @@ def teach(run: Run, student: LanguageModel, said: Teacher | None, lessons: Lesso
     for examples in run.steps(lessons.train):
         mixed = own.mix(student, examples, config.text, progress=run.step / run.total)
         for batch in run.split(marker.mark(mixed, given=examples), marker.collate):
-            knowledge = said(batch.text) if said else None
-            loss = run.student(batch.text, config.objective.against(knowledge, batch.text, batch.labels))
+            targets = teacher(batch.text) if teacher else None
+            loss = run.student(batch.text, config.objective.against(targets, batch.text, batch.labels))
             run.update(loss.sum, loss.count, loss.parts)
         if run.evaluate_due:
             size = config.training.batch_size
             held_out = held_out_loss(
-                run.student, said, lessons.exam, config.objective, batch_size=size, pad_id=student.pad_id
+                run.student, teacher, lessons.exam, config.objective, batch_size=size, pad_id=student.pad_id
             )
             own.see(held_out)
             run.log(held_out_loss=held_out, own_share=own.share)
@@ -202,38 +201,32 @@ def main(config: Config) -> Table | None:
     # Before the run begins, so that text which cannot be read leaves no run behind.
     lessons = prepare_together(config.text, teacher, config.training, folder)
     run = start(config, student, teacher)
-    watcher = teach(run, student, _listen(config, run, teacher, student, lessons), lessons, config)
+    watcher = teach(run, student, teacher_of(config, run, teacher, student, lessons), lessons, config)
     if config.watch_hacking and run.is_main:
         print(watcher.verdict)
         draw_law(folder / "pictures" / "hacking.png", watcher.points, watcher.verdict, str(watcher.verdict))
-    taught = {TAUGHT: _whole(run, student, config)}
+    taught = {TAUGHT: gathered(run, student, config)}
     if config.labels_arm:
-        taught[LABELS_ONLY] = _taught_by_labels(config, teacher, lessons)
-    return _examine(config, taught, lessons) if run.is_main else None
+        taught[LABELS_ONLY] = taught_by_labels(config, teacher, lessons)
+    return examine_students(config, taught, lessons) if run.is_main else None
 
 
 def start(config: Config, student: LanguageModel, teacher: LanguageModel) -> Run:
     """The run of one student, with what it rests on written down."""
-    tokenizer = teacher.tokenizer
     return Run(
         config.training,
         student=student,
         folder=Path(config.output),
         config=config,
         resume=config.resume,
-        provenance={
-            "teacher": config.teacher,
-            "text": config.text.source,
-            "tokenizer": tokenizer_hash(tokenizer),
-            "chat template": template_hash(tokenizer),
-        },
+        provenance=provenance(config.teacher, config.text.source, teacher.tokenizer),
     )
 
 
-def _listen(
+def teacher_of(
     config: Config, run: Run, teacher: LanguageModel, student: LanguageModel, lessons: Lessons
 ) -> Teacher | None:
-    """Who answers: nobody, a cache, the student's own base, or the teacher itself."""
+    """The teacher while the student learns: none, a cache, the student's own base, or the teacher itself."""
     if config.objective.weight == 0:
         return None
     if config.cache:
@@ -247,7 +240,7 @@ def _listen(
     return answer_online(run, teacher, student, config.student)
 
 
-def _whole(run: Run, student: LanguageModel, config: Config) -> LanguageModel:
+def gathered(run: Run, student: LanguageModel, config: Config) -> LanguageModel:
     """The student in one piece: where its parts lie on several processes, gathered into a new one on the main one."""
     if not config.training.shard:
         return student.eval()
@@ -259,8 +252,8 @@ def _whole(run: Run, student: LanguageModel, config: Config) -> LanguageModel:
     return whole.eval()
 
 
-def _taught_by_labels(config: Config, teacher: LanguageModel, lessons: Lessons) -> LanguageModel:
-    """A student of the same kind that reads the same text in as many steps, without what the teacher says of it."""
+def taught_by_labels(config: Config, teacher: LanguageModel, lessons: Lessons) -> LanguageModel:
+    """A student of the same kind that reads the same text in as many steps, without the teacher's targets."""
     alone = replace(
         config,
         objective=LABELS,
@@ -274,27 +267,4 @@ def _taught_by_labels(config: Config, teacher: LanguageModel, lessons: Lessons) 
     student = make_student(config.student, load(config.teacher), seed=config.training.seed)
     run = start(alone, student, teacher)
     teach(run, student, None, lessons, alone)
-    return _whole(run, student, alone)
-
-
-def _examine(config: Config, taught: dict[str, LanguageModel], lessons: Lessons) -> Table:
-    """Write the students, and evaluate them in float32 beside the teacher and the untaught student."""
-    folder = Path(config.output)
-    card = {"teacher": config.teacher, "student": config.student, "method": "gkd", "objective": config.objective}
-    taught[TAUGHT].save(folder / "student", card=card)
-    if LABELS_ONLY in taught:
-        taught[LABELS_ONLY].save(folder / "labels" / "student", card={**card, "objective": LABELS})
-    teacher = load(config.teacher)
-    untaught = make_student(config.student, teacher, seed=config.training.seed).eval()
-    table = examine(
-        folder,
-        teacher,
-        {UNTAUGHT: untaught, **{name: taught[name] for name in (LABELS_ONLY, TAUGHT) if name in taught}},
-        lessons.exam,
-        questions=lessons.questions,
-        title=f"{config.student} taught by {config.teacher}",
-        command=repeat("gkd", folder),
-        answer_length=config.text.answer_length,
-    )
-    print(f"The student: {folder / 'student'}")
-    return table
+    return gathered(run, student, alone)

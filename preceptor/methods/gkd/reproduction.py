@@ -1,6 +1,6 @@
 """GKD's claim: soft targets teach more than labels, own samples more than given text; a shuffled teacher does not.
 
-It imports ``recipes.gkd``, its own, to run the method as it ships (see ``preceptor.reproductions``).
+It runs the method as it ships.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class ShuffledRows:
 
     def __call__(self, batch: Batch) -> HiddenTargets:
         """The rows of the batch in random order."""
-        said = rows_of(self.teacher(batch), batch.predicts)
-        assert isinstance(said, HiddenTargets)
-        return HiddenTargets(said.hidden[torch.randperm(len(said.hidden))], said.head)
+        dense = rows_of(self.teacher(batch), batch.predicts)
+        assert isinstance(dense, HiddenTargets)
+        return HiddenTargets(dense.hidden[torch.randperm(len(dense.hidden))], dense.head)
 
 
 def reproduce(seeds: int, folder: Path, full: bool) -> Table:
@@ -96,7 +96,7 @@ def _one_seed(seed: int, folder: Path, size: int) -> dict[str, dict[str, float]]
     steps, text = 80 * size, Text(limit=320 * size, held_out=96, answer_length=48)
     teacher, exact = load("smollm2", dtype="bfloat16"), load("smollm2")
     lessons = prepare(text, teacher, seed=seed, path=path / "lessons.jsonl")
-    said, answers = MemoisedTeacher(FrozenTeacher(teacher), lessons.train), ask(exact, lessons.exam)
+    memoised, answers = MemoisedTeacher(FrozenTeacher(teacher), lessons.train), ask(exact, lessons.exam)
     training = Training(
         steps=steps, batch_size=8, learning_rate=1e-3, schedule="linear", warmup=0.1, precision="bf16", seed=seed
     )
@@ -104,10 +104,10 @@ def _one_seed(seed: int, folder: Path, size: int) -> dict[str, dict[str, float]]
     soft = str(path / "soft targets" / "student")
     onward = replace(plain, student=soft, training=replace(training, steps=steps * 3 // 10, learning_rate=3e-4))
     arms: dict[str, tuple[Config, Teacher | None]] = {
-        "soft targets": (plain, said),
+        "soft targets": (plain, memoised),
         "labels": (replace(plain, objective=LABELS), None),
-        "shuffled teacher": (plain, ShuffledRows(said)),
-        "then the given text": (onward, said),
+        "shuffled teacher": (plain, ShuffledRows(memoised)),
+        "then the given text": (onward, memoised),
         "then its own samples": (replace(onward, own=OwnSamples(share=1.0)), FrozenTeacher(teacher)),
     }
     for arm in ARMS:
@@ -126,9 +126,9 @@ def _one_seed(seed: int, folder: Path, size: int) -> dict[str, dict[str, float]]
 
 
 def _figures(
-    student: LanguageModel, teacher: LanguageModel, said: ModelOutputs, exam: list[Sequence], *, own: bool
+    student: LanguageModel, teacher: LanguageModel, outputs: ModelOutputs, exam: list[Sequence], *, own: bool
 ) -> dict[str, float]:
-    measures = evaluate_language(student, said, exam, speed=False)
+    measures = evaluate_language(student, outputs, exam, speed=False)
     assert measures.kl is not None
     assert measures.agreement is not None
     figures = {"KL": measures.kl.mean, "agreement": 100 * measures.agreement.mean}

@@ -3,7 +3,7 @@
 Liu et al., Multi-Granularity Semantic Revision for Large Language Model Distillation (https://arxiv.org/abs/2407.10068),
 eq. 3. With y ~ student(. | x), and p_i, q_i the two models' distributions after x and the student's own y_1 .. y_{i-1}:
 
-    y^t_i = argmax p_i                              what the teacher would have said
+    y^t_i = argmax p_i                              what the teacher would have chosen
     C     = { i : y_i ≠ y^t_i }                     candidates
     j     = argmax_{i in C} KL(p_i ‖ q_i)
     x, y_1 .. y_{j-1}, y^t_j, and from there on the student again
@@ -25,7 +25,7 @@ from torch import Tensor
 from preceptor.data.sequences import Batch, Sequence, collate
 from preceptor.distillation.teachers import Teacher
 from preceptor.errors import UserError
-from preceptor.losses.chunked import CHUNK_BYTES, blocks, packed, product_type, says
+from preceptor.losses.chunked import CHUNK_BYTES, blocks, packed, product_type, teacher_log_probs
 from preceptor.models.language_model import LanguageModel, in_evaluation, project
 from preceptor.models.sampling import Prefix, Sampling, draw, go_on, left_pad
 
@@ -136,18 +136,20 @@ class _Look:
 
     def listen(self, teacher: Teacher, choice: str) -> None:
         """Ask the teacher about the same sequences."""
-        gaps, said = differences(self.hidden, self.student, teacher, self.batch, choice)
+        gaps, choices = differences(self.hidden, self.student, teacher, self.batch, choice)
         counts = self.batch.predicts.sum(-1).tolist()
         self.gaps = [part.tolist() for part in torch.split(gaps, counts)]
-        self.said = [part.tolist() for part in torch.split(said, counts)]
+        self.choices = [part.tolist() for part in torch.split(choices, counts)]
 
     def places(self, last: list[int], place: str) -> dict[int, int]:
         """Row -> the position in its response to correct, after the last one; rows without a candidate are missing."""
         found = {}
         for row, sequence in enumerate(self.sequences):
-            answer = sequence.ids[len(sequence.ids) - len(self.said[row]) :]
+            answer = sequence.ids[len(sequence.ids) - len(self.choices[row]) :]
             candidates = [
-                i for i, (told, wanted) in enumerate(zip(answer, self.said[row])) if told != wanted and i > last[row]
+                i
+                for i, (token, wanted) in enumerate(zip(answer, self.choices[row]))
+                if token != wanted and i > last[row]
             ]
             if not candidates:
                 continue
@@ -160,10 +162,10 @@ class _Look:
     def go_on(
         self, found: dict[int, int], sampling: Sampling, max_length: int | None, *, keep_cache: bool
     ) -> dict[int, Sequence]:
-        """Row -> its sequence with the teacher's token at the place found, and what the student says after it."""
-        prompts = {row: len(self.sequences[row].ids) - len(self.said[row]) for row in found}
+        """Row -> its sequence with the teacher's token at the place found, and what the student writes after it."""
+        prompts = {row: len(self.sequences[row].ids) - len(self.choices[row]) for row in found}
         heads = {
-            row: (*self.sequences[row].ids[: prompts[row] + place], self.said[row][place])
+            row: (*self.sequences[row].ids[: prompts[row] + place], self.choices[row][place])
             for row, place in found.items()
         }
         left = {row: sampling.max_new_tokens - place - 1 for row, place in found.items()}
@@ -174,10 +176,10 @@ class _Look:
         if going:
             prefix = self._prefix(going, [heads[row] for row in going], keep_cache)
             with in_evaluation(self.student):
-                told = go_on(
+                continued = go_on(
                     self.student, prefix, sampling, stop=self.student.stop_ids, limits=[left[row] for row in going]
                 )
-            written |= dict(zip(going, told))
+            written |= dict(zip(going, continued))
         ids = {row: heads[row] + tuple(written[row]) for row in found}
         return {
             row: replace(
@@ -203,11 +205,11 @@ def differences(
 ) -> tuple[Tensor, Tensor]:
     """KL(teacher ‖ student) and the teacher's token, both (rows,), at each position that predicts a response token."""
     mask, head = batch.predicts, student.head
-    rows, said = packed(hidden, head, teacher(batch), mask)
+    rows, outputs = packed(hidden, head, teacher(batch), mask)
     gaps, tokens = [], []
     for part in blocks(len(rows), head.weight.shape[0], CHUNK_BYTES):
         log_q = project(rows[part], head).float().log_softmax(-1)
-        log_p = says(said, part, product_type(rows))
+        log_p = teacher_log_probs(outputs, part, product_type(rows))
         p = log_p.exp()
         gaps.append((p * (log_p - log_q)).sum(-1))
         tokens.append(log_p.argmax(-1) if choice == "likeliest" else draw(p))
@@ -229,7 +231,7 @@ def cut(cache: Any, rows: list[int], lengths: list[int]) -> None:
     """Leave some rows in a cache, and of each its first positions, moved to the right end.
 
     They can be moved: a position is in the keys already (rotary embeddings), or in what was embedded (GPT-2, OPT), or
-    follows from the order and the mask (BLOOM); the place in the cache says nothing.
+    follows from the order and the mask (BLOOM); the place in the cache teacher_log_probs nothing.
 
     Args:
         cache: of sequences that are padded on the right.

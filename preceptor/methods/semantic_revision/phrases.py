@@ -71,7 +71,7 @@ def chunker(name: Name) -> Chunker:
         )
     if name == "either" and not there:
         warnings.warn(
-            'textblob is not installed (pip install "preceptor[phrases]"): phrases are told by punctuation and by '
+            'textblob is not installed (pip install "preceptor[phrases]"): phrases are found by punctuation and by '
             "function words alone.",
             stacklevel=2,
         )
@@ -81,16 +81,16 @@ def chunker(name: Name) -> Chunker:
 def phrases(text: str) -> list[Span]:
     """Noun, verb and prepositional phrases of English text, by TextBlob's tagger and chunker, in order.
 
-    A prepositional phrase holds its noun phrase. Places are exact: the words are told here, the parser only tags them.
+    A prepositional phrase holds its noun phrase. Places are exact: the words are cut here, the parser only tags them.
     """
     parser: Any = importlib.import_module("textblob.en").parser
     sentences = _sentences(text)
-    said = parser.parse(
+    tagged = parser.parse(
         [" ".join(word.group().replace("’", "'") for word in words) for words in sentences], tokenize=False, split=True
     )
     return [
         span
-        for words, tags in zip(sentences, said)
+        for words, tags in zip(sentences, tagged)
         for span in _grouped(words, [_kind(word.group(), *tag[2:4]) for word, tag in zip(words, tags)])
     ]
 
@@ -102,13 +102,13 @@ def plain_phrases(text: str) -> list[Span]:
         tags: list[str] = []
         content = True
         for word in words:
-            said = word.group().lower().replace("’", "'")
-            if not said[-1].isalnum():
+            lower = word.group().lower().replace("’", "'")
+            if not lower[-1].isalnum():
                 tags.append("")
             else:
-                begins = content and said in FUNCTION_WORDS or not tags or not tags[-1]
+                begins = content and lower in FUNCTION_WORDS or not tags or not tags[-1]
                 tags.append("B" if begins else "I")
-            content = said not in FUNCTION_WORDS
+            content = lower not in FUNCTION_WORDS
         spans += _grouped(words, tags)
     return spans
 

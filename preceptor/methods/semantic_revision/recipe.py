@@ -5,15 +5,15 @@ https://arxiv.org/abs/2407.10068
 
     L = L_SFT + L_DAC-KL + L_span                                           unit weights
 
-* Sequence: what the student wrote is corrected at the token where KL(teacher ‖ student) is largest among those that the
-  teacher would not have said, and written anew from there, n_rep times (``preceptor.correction``).
+* Sequence: the student's sample is corrected at the token where KL(teacher ‖ student) is largest among those that the
+  teacher would not have chosen, and written anew from there, n_rep times (``correction.py``).
 * Token: a KL divergence over the part of the teacher's distribution between two quantiles, which a small network f_sub
-  predicts and learns jointly, the rest as one class (``preceptor.losses.clipped``).
+  predicts and learns jointly, the rest as one class (``losses/dac_kl.py``).
 * Span: within noun, verb and prepositional phrases, products of neighbouring tokens' distributions are matched
-  (``preceptor.losses.spans``, ``preceptor.chunks``).
+  (``losses/span_consistency.py``, ``phrases.py``).
 
 Each of the three works alone by its weight, or with ``correction.rounds``. The paper's equations and code are not
-public; what is reconstructed is said in those modules. Decided here beyond them:
+public; those modules list what is reconstructed. Decided here beyond them:
 
 * A step's loss is the mean of DAC-KL over its response tokens, of cross-entropy over those of given answers (the
   student's own are distilled, not imitated), and of the span term over its pairs.
@@ -24,8 +24,6 @@ public; what is reconstructed is said in those modules. Decided here beyond them
 * ``clipping.mode = "off"`` gives the plain divergence ``divergence`` in DAC-KL's place.
 * K = 256 classes are considered: on SmolLM2's own samples the 64 likeliest hold less than ρ = 0.9 of the mass at a
   quarter of the positions, the 256 likeliest at a tenth.
-
-The file is long because three terms, each usable alone, share one loop.
 
 Reproduction: in part over 3 seeds: corrections help, bounds hold; spans as random ones, no gain over plain KL
 
@@ -41,32 +39,31 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from preceptor.catalogue import repeat
 from preceptor.data.sequences import Sequence
 from preceptor.distillation.held_out import held_out_means
 from preceptor.distillation.lessons import Lessons, Text, prepare_together
 from preceptor.distillation.marked import MarkedBatch, MarkedSequence, Marker
 from preceptor.distillation.on_policy import OnPolicyMixer, OwnSamples
-from preceptor.distillation.teachers import Teacher, answer_online
+from preceptor.distillation.teachers import Teacher
 from preceptor.engine.run import Run
 from preceptor.engine.run_folder import check_folder
 from preceptor.engine.settings import Training
 from preceptor.errors import UserError
-from preceptor.evaluation.examine import examine
-from preceptor.evaluation.language import TAUGHT, UNTAUGHT
 from preceptor.knowledge import Head, SoftTargets
 from preceptor.losses import Loss
 from preceptor.losses.dac_kl import Classes, Clipping, Quantiles, clipped_kl, quantile_loss
 from preceptor.losses.divergences import divergence
 from preceptor.losses.rows import Kind
 from preceptor.losses.span_consistency import span_consistency
-from preceptor.methods.semantic_revision.correction import Corrected, Correction, correct
+from preceptor.methods.semantic_revision.correction import Corrected, Correction
+from preceptor.methods.semantic_revision.correction_log import corrections_of, revise
+from preceptor.methods.semantic_revision.examination import examine_student
 from preceptor.methods.semantic_revision.phrases import Name, chunker, phrase_marker
-from preceptor.models.identity import same_tokenizer, template_hash, tokenizer_hash
-from preceptor.models.language_model import LanguageModel
+from preceptor.methods.semantic_revision.scales import Scales, scales_of
+from preceptor.methods.semantic_revision.student_run import quantiles_of, start, teacher_of
+from preceptor.models.identity import same_tokenizer
 from preceptor.models.loading import load
 from preceptor.models.student import make_student
 from preceptor.report.table import Table
@@ -174,19 +171,8 @@ paper = Config(
 )
 
 
-@dataclass(frozen=True)
-class Scales:
-    """Response tokens a token of a given answer, and a pair, over a step and all processes; 0 where there is none.
-
-    They make of a sum over given tokens or pairs, divided by all tokens, a mean over given tokens or pairs.
-    """
-
-    labels: float
-    spans: float
-
-
 def terms(
-    config: Config, said: SoftTargets | None, batch: MarkedBatch, f_sub: Quantiles | None, scales: Scales
+    config: Config, targets: SoftTargets | None, batch: MarkedBatch, f_sub: Quantiles | None, scales: Scales
 ) -> Callable[[Tensor, Head], tuple[Loss, Classes | None]]:
     """The objective of a batch's hidden states and head, and what f_sub learns from."""
     weights, mask = config.weights, batch.text.predicts
@@ -194,11 +180,11 @@ def terms(
 
     def at(hidden: Tensor, head: Head) -> tuple[Loss, Classes | None]:
         classes = None
-        if config.clipping.mode == "off" or said is None or not weights.divergence:
+        if config.clipping.mode == "off" or targets is None or not weights.divergence:
             loss = divergence(
                 hidden,
                 head,
-                said if weights.divergence else None,
+                targets if weights.divergence else None,
                 kind=config.divergence,
                 mask=mask,
                 labels=batch.labels,
@@ -209,7 +195,7 @@ def terms(
             loss, classes = clipped_kl(
                 hidden,
                 head,
-                said,
+                targets,
                 config.clipping,
                 mask=mask,
                 targets=batch.text.labels,
@@ -219,10 +205,10 @@ def terms(
                 label_weight=label_weight,
             )
         loss = loss._replace(parts={**loss.parts, "cross_entropy": loss.parts["cross_entropy"] * scales.labels})
-        if weights.spans and said is not None:
+        if weights.spans and targets is not None:
             factor = weights.spans * scales.spans
             span = span_consistency(
-                hidden, head, said, batch.pairs, mask=mask, weight=factor, squared=config.squared_spans
+                hidden, head, targets, batch.pairs, mask=mask, weight=factor, squared=config.squared_spans
             )
             loss = _with_span(loss, span, scales.spans)
         return loss, classes
@@ -239,80 +225,42 @@ def _with_span(loss: Loss, span: Loss, share: float) -> Loss:
     return Loss(loss.sum + span.sum, loss.count, parts)
 
 
-def teach(run: Run, marker: Marker, said: Teacher | None, lessons: Lessons, config: Config) -> None:
-    """The loop. ``said`` answers for each batch; None teaches by labels alone. ``marker`` knows the student."""
+def teach(run: Run, marker: Marker, teacher: Teacher | None, lessons: Lessons, config: Config) -> None:
+    """The loop. ``teacher`` gives soft targets; without one, labels alone teach. ``marker`` holds the student."""
     own = OnPolicyMixer(config.own)
     run.remember("own", own, apart=True)
-    f_sub, bare = run.modules.get("f_sub"), _quantiles_of(run)
+    f_sub, bare = run.modules.get("f_sub"), quantiles_of(run)
     for examples in run.steps(lessons.train):
         seen: list[Corrected] = []
-        revise = partial(_revise, run, marker, said, config, seen)
-        mixed = own.mix(marker.student, examples, config.text, progress=run.step / run.total, revise=revise)
+        corrected = partial(revise, run, marker, teacher, config, seen)
+        mixed = own.mix(marker.student, examples, config.text, progress=run.step / run.total, revise=corrected)
         marked = marker.mark(mixed, given=examples)
-        scales = _scales(run, marked)
+        scales = scales_of(run, marked)
         for batch in run.split(marked, marker.collate):
-            knowledge = said(batch.text) if said else None
-            loss, classes = run.student(batch.text, terms(config, knowledge, batch, bare, scales))
+            targets = teacher(batch.text) if teacher else None
+            loss, classes = run.student(batch.text, terms(config, targets, batch, bare, scales))
             run.update(loss.sum, loss.count, loss.parts)
             # After the student, whose guard stops the run before f_sub has moved.
             if f_sub is not None and classes is not None:
                 guide = quantile_loss(classes, f_sub, config.clipping)
                 run.update(guide.sum, guide.count, guide.parts, module="f_sub")
-        run.log(**_told(seen))
+        run.log(**corrections_of(seen))
         if run.evaluate_due:
-            held_out = loss_of_exam(run, said, lessons.exam, marker, config)
+            held_out = loss_of_exam(run, teacher, lessons.exam, marker, config)
             own.see(held_out)
             run.log(held_out_loss=held_out, own_share=own.share)
     run.finish()
 
 
-def _revise(
-    run: Run, marker: Marker, said: Teacher | None, config: Config, seen: list[Corrected], written: list[Sequence]
-) -> list[Sequence]:
-    """What the student wrote, corrected; what was found is put into ``seen``."""
-    if said is None or not config.correction.rounds:
-        return written
-    text = config.text
-    done = correct(
-        marker.student,
-        said,
-        written,
-        config.correction,
-        length=text.answer_length,
-        max_length=text.max_length,
-        temperature=config.own.temperature,
-        autocast=run.accelerator.autocast,
-    )
-    seen.append(done)
-    return done.sequences
-
-
-def _told(seen: list[Corrected]) -> dict[str, float]:
-    """Corrections a sample of the student, and the share of looks that found no candidate."""
-    if not seen:
-        return {}
-    corrected = sum(len(places) for done in seen for places in done.places) / sum(len(done.places) for done in seen)
-    return {"corrections": corrected, "no_candidate": sum(d.without for d in seen) / sum(d.tried for d in seen)}
-
-
-def _scales(run: Run, lessons: list[MarkedSequence]) -> Scales:
-    """The scales of one step's lessons, of which this process has a share."""
-    tokens = [sum(lesson.sequence.response[1:]) for lesson in lessons]
-    given = sum(count for count, lesson in zip(tokens, lessons) if lesson.given)
-    counts = torch.tensor([sum(tokens), given, sum(len(lesson.pairs) for lesson in lessons)], device=run.device)
-    every, given, pairs = run.accelerator.reduce(counts, reduction="sum").tolist()
-    return Scales(every / given if given else 0.0, every / pairs if pairs else 0.0)
-
-
-def loss_of_exam(run: Run, said: Teacher | None, exam: list[Sequence], marker: Marker, config: Config) -> float:
+def loss_of_exam(run: Run, teacher: Teacher | None, exam: list[Sequence], marker: Marker, config: Config) -> float:
     """The objective's mean over the tokens (and pairs) of the held-out text, with the whole KL in DAC-KL's place."""
     lessons = marker.mark(exam, given=exam)
-    scales = _scales(run, lessons)
+    scales = scales_of(run, lessons)
 
     def losses(examples: Listed[MarkedSequence]) -> Iterable[tuple[str, Loss]]:
         batch = marker.collate(examples).to(run.device)
-        knowledge = said(batch.text) if said else None
-        loss, _ = run.student(batch.text, terms(config, knowledge, batch, _quantiles_of(run), scales))
+        targets = teacher(batch.text) if teacher else None
+        loss, _ = run.student(batch.text, terms(config, targets, batch, quantiles_of(run), scales))
         tail = loss.parts["kl"] - loss.parts["divergence"] if "kl" in loss.parts else 0.0
         yield "loss", loss._replace(sum=loss.sum + config.weights.divergence * tail)
 
@@ -336,69 +284,5 @@ def main(config: Config) -> Table | None:
     # Before the run begins, so that text which cannot be read leaves no run behind.
     lessons = prepare_together(config.text, teacher, config.training, folder)
     run = start(config, student, teacher)
-    teach(run, phrase_marker(student, chunk), _listen(config, run, teacher, student), lessons, config)
-    return _examine(config, student.eval(), lessons) if run.is_main else None
-
-
-def start(config: Config, student: LanguageModel, teacher: LanguageModel) -> Run:
-    """The run of one student and of its f_sub, with what it rests on written down."""
-    clipping = config.clipping
-    learned = clipping.mode == "learned" and config.weights.divergence > 0
-    f_sub = Quantiles(clipping, classes=student.vocabulary, seed=config.training.seed) if learned else None
-    pace = replace(
-        config.training,
-        optimizer="adam",
-        learning_rate=clipping.learning_rate,
-        weight_decay=0.0,
-        schedule="constant",
-        warmup=0.0,
-    )
-    return Run(
-        config.training,
-        student=student,
-        modules={"f_sub": f_sub} if f_sub is not None else None,
-        module_training={"f_sub": pace},
-        folder=Path(config.output),
-        config=config,
-        resume=config.resume,
-        provenance={
-            "teacher": config.teacher,
-            "text": config.text.source,
-            "tokenizer": tokenizer_hash(teacher.tokenizer),
-            "chat template": template_hash(teacher.tokenizer),
-        },
-    )
-
-
-def _quantiles_of(run: Run) -> Quantiles | None:
-    """The f_sub of a run, without what wraps it."""
-    f_sub = run.modules.get("f_sub")
-    return None if f_sub is None else run.accelerator.unwrap_model(f_sub)
-
-
-def _listen(config: Config, run: Run, teacher: LanguageModel, student: LanguageModel) -> Teacher | None:
-    """Who answers: nobody, the student's own base, or the teacher itself."""
-    if not config.weights.divergence and not config.weights.spans:
-        return None
-    return answer_online(run, teacher, student, config.student)
-
-
-def _examine(config: Config, student: LanguageModel, lessons: Lessons) -> Table:
-    """Write the student, and evaluate it in float32 beside the teacher and the untaught student."""
-    folder = Path(config.output)
-    card = {"teacher": config.teacher, "student": config.student, "method": "semantic_revision"}
-    student.save(folder / "student", card={**card, "weights": config.weights, "clipping": config.clipping})
-    teacher = load(config.teacher)
-    untaught = make_student(config.student, teacher, seed=config.training.seed).eval()
-    table = examine(
-        folder,
-        teacher,
-        {UNTAUGHT: untaught, TAUGHT: student},
-        lessons.exam,
-        questions=lessons.questions,
-        title=f"{config.student} taught by {config.teacher}",
-        command=repeat("semantic_revision", folder),
-        answer_length=config.text.answer_length,
-    )
-    print(f"The student: {folder / 'student'}")
-    return table
+    teach(run, phrase_marker(student, chunk), teacher_of(config, run, teacher, student), lessons, config)
+    return examine_student(config, student.eval(), lessons) if run.is_main else None

@@ -1,6 +1,6 @@
 """Semantic revision's claims: corrections help, clipping keeps its bounds, phrases are matched, and all of it teaches.
 
-It imports ``recipes.semantic_revision``, its own, to run the method as it ships (see ``preceptor.reproductions``).
+It runs the method as it ships.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from preceptor.losses.dac_kl import Classes, Clipping, Quantiles, clipped_kl, cl
 from preceptor.losses.span_consistency import span_consistency
 from preceptor.methods.semantic_revision.correction import Correction, correct
 from preceptor.methods.semantic_revision.phrases import adjacent, phrase_marker, phrases, token_spans
-from preceptor.methods.semantic_revision.recipe import Config, Weights, start, teach
+from preceptor.methods.semantic_revision.recipe import Config, Weights, teach
+from preceptor.methods.semantic_revision.student_run import start
 from preceptor.models.language_model import LanguageModel, project
 from preceptor.models.loading import load
 from preceptor.models.student import make_student
@@ -235,8 +236,8 @@ def _one_seed(seed: int, path: Path, sizes: Sizes) -> dict[str, Any]:
     for arm in sizes.arms:
         if arm not in figures["arms"]:
             config = replace(plain, output=str(path / arm), **ARMS[arm][0])
-            said = FrozenTeacher(teacher) if config.own.share else memoised
-            student = _taught(config, exact, teacher, said, lessons, known=_elsewhere(arm, exact, lessons, seed))
+            targets = FrozenTeacher(teacher) if config.own.share else memoised
+            student = _taught(config, exact, teacher, targets, lessons, known=_elsewhere(arm, exact, lessons, seed))
             keep(arm, study.figures(student) | _last_kept(path / arm))
             # Weights and moments of an arm take 1 GB, and nothing starts from them.
             shutil.rmtree(path / arm / "checkpoints")
@@ -247,7 +248,7 @@ def _taught(
     config: Config,
     exact: LanguageModel,
     teacher: LanguageModel,
-    said: Teacher | None,
+    targets: Teacher | None,
     lessons: Lessons,
     known: dict[Sequence, tuple[int, ...]] | None = None,
 ) -> LanguageModel:
@@ -258,7 +259,7 @@ def _taught(
     teach(
         run,
         phrase_marker(student, phrases, known),
-        said,
+        targets,
         lessons,
         config,
     )
@@ -296,7 +297,7 @@ class _Study:
     """Held-out measures of students: the teacher is asked once."""
 
     def __init__(self, lessons: Lessons, exact: LanguageModel) -> None:
-        self.exam, self.said = lessons.exam, ask(exact, lessons.exam)
+        self.exam, self.teacher_outputs = lessons.exam, ask(exact, lessons.exam)
         self.prompts = [sequence.prompt for sequence in lessons.exam]
         self.length = max(sum(sequence.response) for sequence in lessons.exam)
         marker = phrase_marker(exact, phrases)
@@ -311,12 +312,12 @@ class _Study:
     @torch.no_grad()
     def figures(self, student: LanguageModel) -> dict[str, float]:
         """KL (nat a token), ROUGE-L (%) to the teacher's greedy answers, and the mean of the span term."""
-        said = ask(student, self.exam)
-        measures = evaluate_language(student, self.said, self.exam, said=said, speed=False)
+        outputs = ask(student, self.exam)
+        measures = evaluate_language(student, self.teacher_outputs, self.exam, outputs=outputs, speed=False)
         assert measures.kl is not None
-        rows = torch.cat(said.rows)
-        told = HiddenTargets(torch.cat(self.said.rows), self.said.head)
-        span = span_consistency(rows, said.head, told, self.pairs, mask=torch.ones(len(rows), dtype=torch.bool))
+        rows = torch.cat(outputs.rows)
+        targets = HiddenTargets(torch.cat(self.teacher_outputs.rows), self.teacher_outputs.head)
+        span = span_consistency(rows, outputs.head, targets, self.pairs, mask=torch.ones(len(rows), dtype=torch.bool))
         return {
             "KL": measures.kl.mean,
             "ROUGE-L": rouge_l(self._greedy(student), self.greedy),
@@ -330,7 +331,7 @@ def rouge_l(answers: list[str], references: list[str]) -> float:
 
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     pairs = zip(references, answers, strict=True)
-    return 100 * mean_of([float(scorer.score(truth, said)["rougeL"].fmeasure) for truth, said in pairs]).mean
+    return 100 * mean_of([float(scorer.score(truth, text)["rougeL"].fmeasure) for truth, text in pairs]).mean
 
 
 def _corrections(
@@ -345,8 +346,8 @@ def _corrections(
         found[RAW] = _samples(teacher, raw, [()] * len(raw)) | {"no candidate": 0.0}
         for way, (rounds, place) in CORRECTIONS.items():
             torch.manual_seed(seed)
-            settings, said = Correction(rounds=rounds), FrozenTeacher(teacher)
-            done = correct(student, said, raw, settings, length=length, place=place)  # type: ignore[arg-type]
+            settings, frozen = Correction(rounds=rounds), FrozenTeacher(teacher)
+            done = correct(student, frozen, raw, settings, length=length, place=place)  # type: ignore[arg-type]
             share = {"no candidate": 100 * done.without / done.tried}
             found[way] = _samples(teacher, done.sequences, done.places) | share
             found[way]["raw elsewhere"] = _samples(teacher, raw, done.places)["NLL elsewhere"]
@@ -366,9 +367,9 @@ def _samples(teacher: LanguageModel, sequences: list[Sequence], places: Listed[t
 
 
 @torch.no_grad()
-def _nll(said: ModelOutputs, sequences: list[Sequence]) -> list[Tensor]:
+def _nll(outputs: ModelOutputs, sequences: list[Sequence]) -> list[Tensor]:
     labels = [torch.tensor(sequence.ids[len(sequence.prompt) :]).unsqueeze(-1) for sequence in sequences]
-    log_p = [project(rows, said.head).float().log_softmax(-1) for rows in said.rows]
+    log_p = [project(rows, outputs.head).float().log_softmax(-1) for rows in outputs.rows]
     return [-rows.gather(-1, wanted).squeeze(-1) for rows, wanted in zip(log_p, labels)]
 
 

@@ -23,15 +23,15 @@ from preceptor.methods.semantic_revision.phrases import phrase_marker, plain_phr
 from preceptor.methods.semantic_revision.recipe import (
     TRAINING,
     Config,
-    Scales,
     Weights,
     loss_of_exam,
     main,
     paper,
-    start,
     teach,
     terms,
 )
+from preceptor.methods.semantic_revision.scales import Scales
+from preceptor.methods.semantic_revision.student_run import start
 from preceptor.models.language_model import LanguageModel
 from preceptor.models.loading import load
 from preceptor.models.memory import memory_needed
