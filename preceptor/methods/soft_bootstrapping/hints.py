@@ -58,7 +58,7 @@ _WORD = re.compile(rf"[{_UNSPACED}]|{_LETTER}+(?:'{_LETTER}+)*")
 
 @dataclass(frozen=True)
 class Prompts:
-    """What teacher and student are told besides the question."""
+    """What teacher and student read besides the question."""
 
     system: str = SYSTEM
     """The system prompt of both."""
@@ -122,12 +122,12 @@ class Prompts:
 
         Words are compared without regard to case; what stands in the question is left out.
         """
-        said, asked = (f" {' '.join(_words(text))} " for text in (reply, question))
+        answered, asked = (f" {' '.join(_words(text))} " for text in (reply, question))
         literal = re.split(r"\{question\}|\{right\}|\{wrong\}", self.hint)
         runs = [run for part in literal for run in _runs(_words(part))]
         for phrase in (*self.forbidden, *runs):
             words = " ".join(_words(phrase))
-            if words and f" {words} " in said and f" {words} " not in asked:
+            if words and f" {words} " in answered and f" {words} " not in asked:
                 return phrase
         return None
 
@@ -188,7 +188,7 @@ class Hinted:
     """A teacher that hears the hinted prompt where the student reads the bare question.
 
     Args:
-        said: answers for the hinted sequences: the student with its adapter off, another model, or a cache.
+        source: gives targets for the hinted sequences: the student with its adapter off, another model, or a cache.
         shown: all views that the student will read.
         pad_id: to pad hinted sequences with.
 
@@ -196,8 +196,8 @@ class Hinted:
         UserError: the two views of an example hold different replies; it is named.
     """
 
-    def __init__(self, said: Teacher, shown: Listed[HintedPair], pad_id: int) -> None:
-        self.targets_of, self.pad_id = said, pad_id
+    def __init__(self, source: Teacher, shown: Listed[HintedPair], pad_id: int) -> None:
+        self.targets_of, self.pad_id = source, pad_id
         self.heard: Mapping[Sequence, Sequence] = {one.student: one.teacher for one in shown}
         for one in shown:
             mine, theirs = _reply(one.student), _reply(one.teacher)
@@ -220,7 +220,7 @@ class Hinted:
 
 
 def _reply(sequence: Sequence) -> tuple[int, ...]:
-    return tuple(token for token, told in zip(sequence.ids, sequence.response) if told)
+    return tuple(token for token, counts in zip(sequence.ids, sequence.response) if counts)
 
 
 def _words(text: str) -> list[str]:

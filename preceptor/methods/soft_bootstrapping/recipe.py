@@ -12,11 +12,12 @@ alone, and learns, over the N tokens of the replies in a batch (z^T and z^S the 
     L = λ_KD τ² (1/N) sum over t of KL(softmax(z^T_t / τ) ‖ softmax(z^S_t / τ)) + λ_CE (1/N) sum over t of -log p^S(y_t)
 
 with ``objective.temperature`` τ = 2, ``objective.weight`` λ_KD = 1 and ``objective.label_weight`` λ_CE = 0. The teacher
-is the base model under the student's LoRA, with the adapter off, so what it says of the replies never moves.
+is the base model under the student's LoRA, with the adapter off, so its targets for the replies never move.
 
-The pieces: ``questions`` (what is asked), ``tasks.math`` (verifiers), ``rollouts`` (answers, pairing, statistics),
+The pieces: ``questions`` (what is asked), ``tasks/boxed`` (verifiers), ``rollouts`` (answers, pairing, statistics),
 ``hints`` (the prompts, the two views of a reply, the leak filter), ``selection`` (the loop over questions, kept on the
-disk as it goes on). ``bootstrap`` takes questions and a verifier of your own.
+disk as it goes on), ``pairs`` (replies to learn from, and the teacher's targets for them), ``examination``.
+``bootstrap`` takes questions and a verifier of your own.
 
 Decided here, where the authors' scripts do something that does not serve the method, or are silent:
 
@@ -29,50 +30,37 @@ Decided here, where the authors' scripts do something that does not serve the me
 * Targets are the last hidden states and the head: exact, and nothing of the vocabulary's size is written. A folder
   ``cache`` keeps them on the disk, for students that are not the teacher's own adapter or are taught often.
 
-The loop is ``teach``; the file is long because half of it gathers what is learned and examines what was.
-
 Command: ``preceptor run soft_bootstrapping``
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence as Listed
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import nn
 
-from preceptor.cache import CapturePlan, Wanted, capture
-from preceptor.cache.header import Header
-from preceptor.catalogue import repeat
 from preceptor.data.sequences import Sequence, collate
 from preceptor.distillation.held_out import held_out_loss
 from preceptor.distillation.objective import Objective
-from preceptor.distillation.teachers import CachedTeacher, Teacher, answer_online
+from preceptor.distillation.teachers import Teacher
 from preceptor.engine.run import Run
 from preceptor.engine.run_folder import check_folder
 from preceptor.engine.settings import Training
 from preceptor.errors import UserError
-from preceptor.evaluation.language import TAUGHT, UNTAUGHT
-from preceptor.evaluation.result import write_result
-from preceptor.methods.soft_bootstrapping.hints import Hinted, HintedPair, Prompts, views
+from preceptor.methods.soft_bootstrapping.examination import examine, unlearned
+from preceptor.methods.soft_bootstrapping.hints import Prompts
+from preceptor.methods.soft_bootstrapping.pairs import gather, lessons, listen
 from preceptor.methods.soft_bootstrapping.pictures import draw_selection
 from preceptor.methods.soft_bootstrapping.questions import QuestionSource, draw
-from preceptor.methods.soft_bootstrapping.rollouts import Rollout, Tried, judged, statistics
-from preceptor.methods.soft_bootstrapping.sampling import write
-from preceptor.methods.soft_bootstrapping.selection import Rolling, collect, enough, statistics_table, write_statistics
+from preceptor.methods.soft_bootstrapping.selection import Rolling, enough, statistics_table, write_statistics
 from preceptor.models.identity import same_tokenizer, template_hash, tokenizer_hash
 from preceptor.models.language_model import LanguageModel
 from preceptor.models.loading import load
-from preceptor.models.sampling import Sampling
-from preceptor.models.student import make_student
-from preceptor.report import write_report
 from preceptor.report.table import Table
-from preceptor.statistics import Cell, Value, interval
 from preceptor.tasks.boxed import Verifier
 from preceptor.tasks.records import Item
 
@@ -105,7 +93,7 @@ class Config:
     questions: QuestionSource = SMALL
     """What is asked."""
     prompts: Prompts = SHORT
-    """What teacher and student are told besides."""
+    """What teacher and student read besides."""
     rolling: Rolling = Rolling(copies=8, length=24, batch_size=256)
     """How answers are drawn."""
     pairs: int = 64
@@ -163,17 +151,17 @@ paper = Config(
 
 
 def teach(
-    run: Run, said: Teacher | None, train: list[Sequence], held: list[Sequence], config: Config, *, pad_id: int
+    run: Run, teacher: Teacher | None, train: list[Sequence], held: list[Sequence], config: Config, *, pad_id: int
 ) -> None:
-    """The loop. ``said`` answers for each batch of bare questions and replies; None teaches by the replies alone."""
+    """The loop. ``teacher`` gives targets for bare questions and replies; without one, the replies alone teach."""
     batches = partial(collate, pad_id=pad_id)
     for examples in run.steps(train):
         for batch in run.split(examples, batches):
-            knowledge = said(batch) if said else None
-            loss = run.student(batch, config.objective.against(knowledge, batch))
+            targets = teacher(batch) if teacher else None
+            loss = run.student(batch, config.objective.against(targets, batch))
             run.update(loss.sum, loss.count, loss.parts)
         if run.evaluate_due:
-            run.log(held_out_loss=loss_of_held(run.student, said, held, config))
+            run.log(held_out_loss=loss_of_held(run.student, teacher, held, config))
     run.finish()
 
 
@@ -221,12 +209,12 @@ def bootstrap(config: Config, items: Listed[Item], exam: Listed[Item], verify: V
         draw_selection(folder / "pictures", tried)
     enough(tried, config.held_out + 1)
     train, held = lessons(config, tried, teacher)
-    said = listen(config, run, teacher, student, [*train, *held]) if config.objective.weight else None
+    hinted = listen(config, run, teacher, student, [*train, *held]) if config.objective.weight else None
     replies = [one.student for one in held]
-    with run.accelerator.autocast():  # made anew, so that a run that goes on tells the same
-        before = loss_of_held(unlearned(config).to(run.device), said, replies, config)
-    teach(run, said, [one.student for one in train], replies, config, pad_id=student.pad_id)
-    after = loss_of_held(run.student, said, replies, config)
+    with run.accelerator.autocast():  # made anew, so that a resumed run reports the same
+        before = loss_of_held(unlearned(config).to(run.device), hinted, replies, config)
+    teach(run, hinted, [one.student for one in train], replies, config, pad_id=student.pad_id)
+    after = loss_of_held(run.student, hinted, replies, config)
     return examine(config, student, tried, exam, verify, losses=(before, after)) if run.is_main else None
 
 
@@ -242,130 +230,3 @@ def start(config: Config, student: LanguageModel) -> Run:
         resume=config.resume,
         provenance=hashes,
     )
-
-
-def gather(config: Config, teacher: LanguageModel, items: Listed[Item], verify: Verifier) -> list[Tried]:
-    """The first phase: questions, rollouts and hinted replies, kept in the run's ``questions.jsonl``."""
-    return collect(
-        teacher,
-        items,
-        config.rolling,
-        config.prompts,
-        verify,
-        wanted=config.pairs + config.held_out,
-        seed=config.training.seed,
-        path=Path(config.output) / "questions.jsonl",
-    )
-
-
-def lessons(config: Config, tried: Listed[Tried], teacher: LanguageModel) -> tuple[list[HintedPair], list[HintedPair]]:
-    """The replies to learn from, at most ``pairs``, and those held out, in their two views."""
-    kept = [one for one in tried if one.outcome == "kept"][: config.pairs + config.held_out]
-    tokenizer, stop = teacher.tokenizer, teacher.stop_ids
-    found = views(kept, config.prompts, tokenizer, max_length=config.max_length, stop=stop)
-    return found[config.held_out :], found[: config.held_out]
-
-
-def listen(config: Config, run: Run, teacher: LanguageModel, student: LanguageModel, shown: list[HintedPair]) -> Hinted:
-    """Who answers for a hinted reply: a cache, the student's own base, or the teacher itself."""
-    said: Teacher = (
-        _cached(config, run, teacher, shown) if config.cache else answer_online(run, teacher, student, config.student)
-    )
-    return Hinted(said, shown, student.pad_id)
-
-
-def _cached(config: Config, run: Run, teacher: LanguageModel, shown: list[HintedPair]) -> Teacher:
-    folder = Path(config.cache)
-    if (folder / "header.json").exists() and (other := Header.read(folder).teacher) != config.teacher:
-        raise UserError(f"The cache {config.cache} is of the teacher {other}, not of {config.teacher}: choose another.")
-    plan = CapturePlan(Wanted(budget=200.0, k=2048), kind="hidden")
-    with run.accelerator.main_process_first():
-        kept = capture(
-            teacher,
-            [one.teacher for one in shown],
-            folder,
-            name=config.teacher,
-            max_length=config.max_length,
-            plan=plan,
-        )
-    return CachedTeacher(kept.to(run.device))
-
-
-def unlearned(config: Config) -> LanguageModel:
-    """The student before it learned anything: of the teacher's weights as they lie, which ``dtype`` does not round."""
-    return make_student(config.student, load(config.teacher), seed=config.training.seed)
-
-
-def solve(model: LanguageModel, items: Listed[Item], config: Config, verify: Verifier) -> list[Rollout]:
-    """The likeliest answer to each bare question, verified."""
-    asked = [config.prompts.ask(item, model.tokenizer) for item in items]
-    written = write(model, asked, Sampling(config.rolling.length, 0.0), batch_size=config.rolling.batch_size)
-    return [judged(item, ids, model, verify) for item, ids in zip(items, written)]
-
-
-def to_write(student: LanguageModel, dtype: str) -> LanguageModel:
-    """The student in the precision of the rollouts; an adapter stays apart: merged, it would drown in the rounding."""
-    precision: torch.dtype = getattr(torch, dtype)
-    if next(student.parameters()).dtype == precision:
-        return student
-    copied = copy.deepcopy(student).eval()
-    for parameter in copied.parameters():  # not buffers: rounded rotary frequencies turn far positions elsewhere
-        parameter.data = parameter.data.to(precision)
-    return copied
-
-
-def examine(
-    config: Config,
-    student: LanguageModel,
-    tried: Listed[Tried],
-    exam: Listed[Item],
-    verify: Verifier,
-    *,
-    losses: tuple[float, float],
-) -> Table:
-    """Ask new questions before and after, and write student, table, samples and report."""
-    folder = Path(config.output)
-    card = {"teacher": config.teacher, "student": config.student, "method": "soft_bootstrapping"}
-    student.save(folder / "student", card={**card, "objective": config.objective})
-    models = {UNTAUGHT: unlearned(config).to(student.device), TAUGHT: student}
-    told = {name: solve(to_write(model, config.dtype), exam, config, verify) for name, model in models.items()}
-    table = result(config, told, losses, tried)
-    shown = [
-        {"prompt": item.instruction, "answers": {name: answers[place].text for name, answers in told.items()}}
-        for place, item in enumerate(exam[:6])
-    ]
-    shares = [sum(one.correct for one in answers) / len(exam) for answers in told.values()]
-    headline = f"Right answers to new questions: {shares[0]:.1%} before, {shares[1]:.1%} after."
-    command = repeat("soft_bootstrapping", folder)
-    write_result(folder, table, shown, headline=headline, command=command)
-    table.print()
-    print(f"The student: {folder / 'student'}\nThe page: {write_report(folder)}")
-    return table
-
-
-def result(config: Config, told: dict[str, list[Rollout]], losses: tuple[float, float], tried: Listed[Tried]) -> Table:
-    """The student before and after: held-out loss, right answers to new questions, and their length."""
-    table = Table(f"{config.student} taught by {config.teacher} with a hint", list(told))
-    rows = ("loss on held-out replies", "right answers", "95 % interval", "answers in a box", "tokens of an answer")
-    for (name, answers), loss in zip(told.items(), losses):
-        count, right = len(answers), sum(one.correct for one in answers)
-        low, high = interval(right, count)
-        error = 100 * (right / count * (1 - right / count) / count) ** 0.5
-        boxed = 100 * sum(one.answer is not None for one in answers) / count
-        length = sum(len(one.ids) for one in answers) / count
-        cells: tuple[Cell, ...] = (
-            loss,
-            Value(100 * right / count, error, count),
-            f"{100 * low:.1f} to {100 * high:.1f}",
-            boxed,
-            length,
-        )
-        for row, cell in zip(rows, cells):
-            table.rows.setdefault(row, {})[name] = cell
-    table.units = {rows[0]: "nat/token", rows[1]: "%", rows[2]: "%", rows[3]: "%"}
-    table.better = {rows[0]: "lower", rows[1]: "higher"}
-    table.notes = [
-        f"{len(next(iter(told.values())))} new questions, answered greedily from the bare question; binomial errors.",
-        f"Selection: {statistics(tried)}.",
-    ]
-    return table

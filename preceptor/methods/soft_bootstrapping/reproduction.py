@@ -1,6 +1,6 @@
 """Soft bootstrapping's claim: a model that is shown attempts knows more, and can tell itself by its soft targets.
 
-It imports ``recipes.soft_bootstrapping``, its own, to run the method as it ships (see ``preceptor.reproductions``).
+It runs the method as it ships.
 """
 
 from __future__ import annotations
@@ -20,20 +20,11 @@ from preceptor.distillation.teachers import AdapterOff, Teacher
 from preceptor.engine.run import Run
 from preceptor.files import write_whole
 from preceptor.knowledge import HiddenTargets
+from preceptor.methods.soft_bootstrapping.examination import solve, to_write, unlearned
 from preceptor.methods.soft_bootstrapping.hints import Hinted, HintedPair
+from preceptor.methods.soft_bootstrapping.pairs import gather, lessons, listen
 from preceptor.methods.soft_bootstrapping.questions import QuestionSource, draw
-from preceptor.methods.soft_bootstrapping.recipe import (
-    Config,
-    gather,
-    lessons,
-    listen,
-    loss_of_held,
-    solve,
-    start,
-    teach,
-    to_write,
-    unlearned,
-)
+from preceptor.methods.soft_bootstrapping.recipe import Config, loss_of_held, start, teach
 from preceptor.methods.soft_bootstrapping.rollouts import Tried, judged, statistics
 from preceptor.methods.soft_bootstrapping.sampling import write
 from preceptor.models.language_model import LanguageModel
@@ -55,7 +46,7 @@ ARMS = {
     SOFT: "KL at τ = 2 to the hinted teacher, on its verified replies",
     LABELLED: "cross-entropy on the same replies, λ_KD = 0",
     REJECTION: "cross-entropy on right rollouts, one a question, of as many questions",
-    SHUFFLED: "control: KL to what the teacher said of another example's reply, at the same place",
+    SHUFFLED: "control: KL to the teacher's targets for another example's reply, at the same place",
     UNHINTED: "control: KL to the teacher asked with the bare question; one epoch",
 }
 
@@ -67,10 +58,10 @@ ROLLED = "rollouts"  # the first stage's figures, beside those of the arms
 
 
 class ShuffledReplies:
-    """The control: each example gets what the teacher said of another one's reply, cut or held to its length."""
+    """The control: each example gets the teacher's targets for another one's reply, cut or held to its length."""
 
-    def __init__(self, said: Hinted, shown: list[HintedPair]) -> None:
-        self.targets_of = said
+    def __init__(self, hinted: Hinted, shown: list[HintedPair]) -> None:
+        self.targets_of = hinted
         around = [*shown[1:], *shown[:1]]
         self.partner = {one.student: other.student for one, other in zip(shown, around)}
 
@@ -78,10 +69,10 @@ class ShuffledReplies:
         """Packed rows, as many for each example as its own reply has tokens."""
         rows: list[Tensor] = []
         for one in batch.sequences():
-            said = self.targets_of(collate([self.partner[one]], self.targets_of.pad_id).to(batch.input_ids.device))
-            assert isinstance(said, HiddenTargets)
-            head, places = said.head, torch.arange(one.response.count(True)).clamp(max=len(said.hidden) - 1)
-            rows.append(said.hidden[places.to(said.hidden.device)])
+            targets = self.targets_of(collate([self.partner[one]], self.targets_of.pad_id).to(batch.input_ids.device))
+            assert isinstance(targets, HiddenTargets)
+            head, places = targets.head, torch.arange(one.response.count(True)).clamp(max=len(targets.hidden) - 1)
+            rows.append(targets.hidden[places.to(targets.hidden.device)])
         return HiddenTargets(torch.cat(rows), head)
 
 
@@ -108,7 +99,7 @@ def reproduce(seeds: int, folder: Path, full: bool) -> Table:
         "The unhinted teacher's gradient is rounding, which Adam divides by its own size: from the second step on the "
         "adapter is not quite zero, and bfloat16 rounds otherwise with it than without. That is its loss. At first the "
         "claim was that loss and weights move by no more than 1e-6, which seed 0 did not show; it was changed then.",
-        *(f"Seed {seed}: {one['told']}." for seed, one in enumerate(rolled)),
+        *(f"Seed {seed}: {one['selection']}." for seed, one in enumerate(rolled)),
     ]
     table.notes += [_reported(done, arm) for arm in (BASE, LABELLED, REJECTION)]
     table.claims = [*_checks(done), *_effects(done)]
@@ -130,7 +121,7 @@ def _checks(done: list[dict[str, Any]]) -> list[Claim]:
     rolled = [seed[ROLLED] for seed in done]
     kept, sound = (sum(one[name] for one in rolled) for name in ("kept", "sound"))
     zero, gap = (max(one["zero"] for one in rolled), min(one["gap"] for one in rolled))
-    said = max(seed[UNHINTED]["largest"] for seed in done)
+    largest = max(seed[UNHINTED]["largest"] for seed in done)
     answers = sum(seed[UNHINTED]["asked"] for seed in done)
     share, before = (sum(seed[arm]["right"] for seed in done) / answers for arm in (UNHINTED, BASE))
     error = (2 * before * (1 - before) / answers) ** 0.5
@@ -148,8 +139,8 @@ def _checks(done: list[dict[str, Any]]) -> list[Claim]:
         Claim(
             "A teacher without the hint changes nothing: its loss stays below 1 % of the hint's, and as many new "
             "questions are answered rightly, within 2 standard errors",
-            f"at most {said:.4f} of {gap:.3f} nat a token; {100 * share:.1f} % against {100 * before:.1f} %",
-            said < 0.01 * gap and abs(share - before) <= 2 * error,
+            f"at most {largest:.4f} of {gap:.3f} nat a token; {100 * share:.1f} % against {100 * before:.1f} %",
+            largest < 0.01 * gap and abs(share - before) <= 2 * error,
         ),
     ]
 
@@ -243,7 +234,7 @@ def _rolled(config: Config, teacher: LanguageModel, tried: list[Tried], held: li
         "hinted": [(bool(one.reply and one.reply.correct), mark) for one, mark in zip(mixed, marks)],
         "zero": abs(losses[0]),
         "gap": losses[1],
-        "told": str(statistics(tried)),
+        "selection": str(statistics(tried)),
     }
 
 
@@ -264,21 +255,21 @@ def _arm(
     soft = replace(config, output=str(folder), training=training, resume=(folder / "config.json").exists())
     student = unlearned(config)
     run = start(soft, student)
-    said = listen(soft, run, teacher, student, [*train, *held])
+    hinted = listen(soft, run, teacher, student, [*train, *held])
     replies = [one.student for one in train]
     if arm == REJECTION:
         replies = right_rollouts(config, tried, teacher)
     if arm == SHUFFLED:
-        _teach(run, ShuffledReplies(said, train), replies, soft, student)
+        _teach(run, ShuffledReplies(hinted, train), replies, soft, student)
     elif arm == UNHINTED:
         same = [HintedPair(one.name, one.student, one.student) for one in train]
         _teach(run, Hinted(AdapterOff(student), same, student.pad_id), replies, soft, student)
     elif arm in (LABELLED, REJECTION):
         _teach(run, None, replies, replace(soft, objective=LABELS), student)
     elif arm == SOFT:
-        _teach(run, said, replies, soft, student)
+        _teach(run, hinted, replies, soft, student)
     with torch.autocast("cpu", torch.bfloat16, enabled=config.training.precision == "bf16"):
-        loss = loss_of_held(student, said, [one.student for one in held], config)
+        loss = loss_of_held(student, hinted, [one.student for one in held], config)
     moved = max(float(value.abs().max()) for name, value in student.named_parameters() if "lora_B" in name)
     answers = solve(to_write(student, config.dtype), exam, config, by_value)
     return {
@@ -291,8 +282,8 @@ def _arm(
     }
 
 
-def _teach(run: Run, said: Teacher | None, replies: list[Sequence], config: Config, student: LanguageModel) -> None:
-    teach(run, said, replies, [], config, pad_id=student.pad_id)
+def _teach(run: Run, teacher: Teacher | None, replies: list[Sequence], config: Config, student: LanguageModel) -> None:
+    teach(run, teacher, replies, [], config, pad_id=student.pad_id)
 
 
 def right_rollouts(config: Config, tried: list[Tried], teacher: LanguageModel) -> list[Sequence]:

@@ -85,11 +85,11 @@ class Statistics:
 
     def __str__(self) -> str:
         """One sentence with all counts."""
-        told = ", ".join(f"{count} {name}" for name, count in self.outcomes.items() if count)
+        outcomes = ", ".join(f"{count} {name}" for name, count in self.outcomes.items() if count)
         hinted = "" if self.hinted is None else f"; of the hinted answers {100 * self.hinted:.0f} % are right"
         return (
-            f"{self.questions} questions: {told}; a rollout is right in {100 * self.pass_rate.mean:.0f} % and gives an "
-            f"answer in {100 * self.boxed:.0f} % of the cases{hinted}"
+            f"{self.questions} questions: {outcomes}; a rollout is right in {100 * self.pass_rate.mean:.0f} % and "
+            f"gives an answer in {100 * self.boxed:.0f} % of the cases{hinted}"
         )
 
     def advice(self) -> str:

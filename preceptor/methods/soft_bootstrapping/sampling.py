@@ -65,15 +65,15 @@ def grouped(
     groups, keys = key.shape[1], key.shape[2]
     odd = any(others.get(name) is not None for name in ("position_bias", "softcap", "cache"))
     if queries > 1 or odd or (attention_mask is not None and attention_mask.dtype != torch.bool):
-        told, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **others)
-        return told, None
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **others)
+        return output, None
     scale = width**-0.5 if scaling is None else scaling
     scores = query.reshape(rows, groups, heads // groups, width) @ key.transpose(2, 3)
     scores = scores.float() * scale
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask[..., :keys], -torch.inf)
-    told = scores.softmax(-1).to(value.dtype) @ value
-    return told.reshape(rows, 1, heads, width), None
+    output = scores.softmax(-1).to(value.dtype) @ value
+    return output.reshape(rows, 1, heads, width), None
 
 
 SHARED = 8  # tokens that a batch's prompts must begin with together before they are read apart from the rest
@@ -99,8 +99,10 @@ def read_once(step: Step) -> Step:
     def shared(prefix: Prefix) -> tuple[Tensor, Any]:
         if prefix.cache is not None:
             return step(prefix)
-        told = torch.cat([prefix.ids, prefix.mask], 1)  # padding looks like the token 0, which a prompt may begin with
-        unique, places = torch.unique(told, dim=0, return_inverse=True)
+        rows_read = torch.cat(
+            [prefix.ids, prefix.mask], 1
+        )  # padding looks like the token 0, which a prompt may begin with
+        unique, places = torch.unique(rows_read, dim=0, return_inverse=True)
         rows = torch.zeros(len(unique), dtype=torch.long, device=places.device)
         rows[places] = torch.arange(len(places), device=places.device)
         logits, cache = _read(step, Prefix(prefix.ids[rows], prefix.mask[rows], prefix.positions[rows], None))

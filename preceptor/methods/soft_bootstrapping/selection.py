@@ -87,7 +87,7 @@ def collect(
         model: tutor and writer of hinted answers.
         items: the questions, each with its true answer.
         rolling: how answers are drawn.
-        prompts: what the model is told.
+        prompts: what the model reads.
         verify: reads and judges an answer.
         wanted: how many kept questions are enough.
         seed: of everything that is drawn; torch's own generators are left as they were.
@@ -126,30 +126,30 @@ def enough(tried: Listed[Tried], least: int) -> None:
     """
     kept = sum(one.outcome == "kept" for one in tried)
     if kept < least:
-        told = statistics(tried)
-        raise UserError(f"{kept} questions were kept, and {least} are needed at least ({told}): {told.advice()}.")
+        counted = statistics(tried)
+        raise UserError(f"{kept} questions were kept, and {least} are needed at least ({counted}): {counted.advice()}.")
 
 
 def statistics_table(tried: Listed[Tried]) -> Table:
     """What was kept and why, as a table: a row an outcome."""
-    told = statistics(tried)
+    counted = statistics(tried)
     table = Table("What was kept of the questions, and why", ["questions", "share"], units={"share": "%"})
-    for name, count in told.outcomes.items():
-        table.rows[name] = {"questions": count, "share": 100 * count / told.questions}
-    table.notes = [f"{name}: {what}." for name, what in MEANING.items() if told.outcomes[name]]
-    hinted = "" if told.hinted is None else f" Of the hinted answers {100 * told.hinted:.1f} % are right."
+    for name, count in counted.outcomes.items():
+        table.rows[name] = {"questions": count, "share": 100 * count / counted.questions}
+    table.notes = [f"{name}: {what}." for name, what in MEANING.items() if counted.outcomes[name]]
+    hinted = "" if counted.hinted is None else f" Of the hinted answers {100 * counted.hinted:.1f} % are right."
     table.notes.append(
-        f"A rollout is right in {100 * told.pass_rate.mean:.1f} % of the cases, gives an answer in "
-        f"{100 * told.boxed:.1f} %, and has {told.tokens:.1f} tokens.{hinted}"
+        f"A rollout is right in {100 * counted.pass_rate.mean:.1f} % of the cases, gives an answer in "
+        f"{100 * counted.boxed:.1f} %, and has {counted.tokens:.1f} tokens.{hinted}"
     )
     return table
 
 
 def write_statistics(folder: Path, tried: Listed[Tried]) -> None:
     """Write ``selection.json``: all counts, and the table of them."""
-    told = dataclasses.asdict(statistics(tried)) | {"table": statistics_table(tried).json()}
+    counted = dataclasses.asdict(statistics(tried)) | {"table": statistics_table(tried).json()}
     with writable(folder, "selection.json"):
-        (folder / "selection.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        (folder / "selection.json").write_text(json.dumps(counted, indent=2) + "\n", encoding="utf-8")
 
 
 def _try(

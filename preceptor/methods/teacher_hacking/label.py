@@ -11,7 +11,7 @@ from preceptor.errors import UserError
 
 @dataclass(frozen=True)
 class Label:
-    """What happened, told by an oracle: the step of the least golden value, h and its standard error.
+    """What happened, known from an oracle: the step of the least golden value, h and its standard error.
 
     ``hacked``: golden rose by h > 2 s.e. from its least value while the proxy did not rise. ``overfitted``: the proxy
     on held-out prompts rose itself from that step on, by more than 2 s.e.: overfitting, which is not hacking.

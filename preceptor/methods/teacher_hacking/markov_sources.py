@@ -161,11 +161,11 @@ def log_probs(source: Source, ids: Tensor) -> Tensor:
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < source.vocabulary:
         raise UserError(f"A source of {source.vocabulary} symbols was asked about the id {int(ids.max())}.")
     state = source.begin(len(ids))
-    told = [source.predict(state)]
+    predicted = [source.predict(state)]
     for symbols in ids.T:
         state = source.follow(state, symbols)
-        told.append(source.predict(state))
-    return torch.stack(told, 1)
+        predicted.append(source.predict(state))
+    return torch.stack(predicted, 1)
 
 
 def draw(source: Source, ids: Tensor, length: int, generator: torch.Generator | None = None) -> Tensor:

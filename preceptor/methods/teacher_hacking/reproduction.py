@@ -1,6 +1,6 @@
 """The claims: offline distillation hacks its teacher, online does not; diversity and budget help; it can be detected.
 
-It imports ``recipes.teacher_hacking``, its own, to run the method as it ships (see ``preceptor.reproductions``).
+It runs the method as it ships.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import Any
 
 from preceptor.evaluation.power_law import law_r_squared
 from preceptor.files import write_whole
+from preceptor.methods.teacher_hacking.examination import judge
 from preceptor.methods.teacher_hacking.pictures import draw_plane
-from preceptor.methods.teacher_hacking.recipe import DISTILLATION, Config, distil, judge, setup, start
+from preceptor.methods.teacher_hacking.recipe import DISTILLATION, Config, setup, start, teach
 from preceptor.methods.teacher_hacking.stage_one import Laboratory, build
 from preceptor.methods.teacher_hacking.trajectory import Course
 from preceptor.report.table import Table
@@ -122,7 +123,7 @@ def _one_seed(seed: int, folder: Path, size: int) -> dict[str, dict[str, Any]]:
         output = path / arm
         config = replace(config, output=str(output), resume=(output / "config.json").exists())
         student = copy.deepcopy(used.start)
-        course = distil(start(config, student), student, replace(used, start=student), config)
+        course = teach(start(config, student), student, replace(used, start=student), config)
         figures[arm] = _figures(course, config, None if arm == OFFLINE else figures[OFFLINE]["least"])
         write_whole(done, json.dumps(figures))
     return figures
@@ -258,8 +259,12 @@ def _overfitting(done: Sequence[dict[str, Any]], names: Sequence[str]) -> list[s
     """Where the held-out proxy itself rises, in words."""
     over = _over(done)
     rising = {arm: mean_of(over(arm, "proxy's rise")) for arm in names if arm != CONTROL}
-    told = [f"{arm} ({rise})" for arm, rise in rising.items() if rise.error is not None and rise.mean > 2 * rise.error]
-    return [f"Overfitting: the proxy itself ends above its least value in {'; '.join(told)}."] if told else []
+    overfitted = [
+        f"{arm} ({rise})" for arm, rise in rising.items() if rise.error is not None and rise.mean > 2 * rise.error
+    ]
+    return (
+        [f"Overfitting: the proxy itself ends above its least value in {'; '.join(overfitted)}."] if overfitted else []
+    )
 
 
 def _not_higher(ours: Sequence[float], theirs: Sequence[float], text: str) -> Claim:

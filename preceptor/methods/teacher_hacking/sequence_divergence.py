@@ -56,7 +56,7 @@ class DivergenceExam:
 
     def divergence(self, student: LanguageModel) -> Tensor:
         """Σ_t KL(author ‖ student) of each sequence, in nats: (N,) float64."""
-        return torch.cat([_sums(student, batch, said, reverse=False) for batch, said in self.parts])
+        return torch.cat([_sums(student, batch, targets, reverse=False) for batch, targets in self.parts])
 
 
 def own_divergence(
@@ -64,24 +64,24 @@ def own_divergence(
 ) -> Tensor:
     """The other direction, Σ_t KL(student ‖ author) of each sequence (N,), which the student must have written."""
     exam = DivergenceExam(author, sequences, pad_id=student.pad_id, device=student.device, batch_size=batch_size)
-    return torch.cat([_sums(student, batch, said, reverse=True) for batch, said in exam.parts])
+    return torch.cat([_sums(student, batch, targets, reverse=True) for batch, targets in exam.parts])
 
 
 @torch.no_grad()
-def _sums(student: LanguageModel, batch: Batch, said: SoftTargets, *, reverse: bool) -> Tensor:
-    assert isinstance(said, HiddenTargets | LogitTargets)
+def _sums(student: LanguageModel, batch: Batch, targets: SoftTargets, *, reverse: bool) -> Tensor:
+    assert isinstance(targets, HiddenTargets | LogitTargets)
     with in_evaluation(student):
         hidden, head = student(batch)[batch.predicts], student.head
-    theirs = said.hidden if isinstance(said, HiddenTargets) else said.logits
+    theirs = targets.hidden if isinstance(targets, HiddenTargets) else targets.logits
     size = head.weight.shape[0]
-    told = said.head.weight.shape[0] if isinstance(said, HiddenTargets) else said.logits.shape[-1]
-    if told != size:
-        raise UserError(f"The author has {told} tokens and the student {size}: choose models of one tokenizer.")
+    tokens = targets.head.weight.shape[0] if isinstance(targets, HiddenTargets) else targets.logits.shape[-1]
+    if tokens != size:
+        raise UserError(f"The author has {tokens} tokens and the student {size}: choose models of one tokenizer.")
     step = max(1, CHUNK_BYTES // (8 * size))
     rows = []
     for start in range(0, len(hidden), step):
         log_q = _log_probs(hidden[start : start + step], head)
-        log_p = _log_probs(theirs[start : start + step], said.head if isinstance(said, HiddenTargets) else None)
+        log_p = _log_probs(theirs[start : start + step], targets.head if isinstance(targets, HiddenTargets) else None)
         rows.append(_kl(log_q, log_p) if reverse else _kl(log_p, log_q))
     counts = batch.predicts.sum(-1).tolist()
     return torch.stack([part.sum() for part in torch.split(torch.cat(rows), counts)]).cpu()

@@ -249,7 +249,7 @@ def _asked(data: Data, family: LanguageModel, count: int, seed: int) -> list[Pro
         asked = make_prompts(max(count, INSTRUCTIONS), seed)
     else:
         turns = [example.messages for example in read(data.source) if example.messages]
-        asked = [told[:-1] if told[-1]["role"] == "assistant" else told for told in turns]
+        asked = [one[:-1] if one[-1]["role"] == "assistant" else one for one in turns]
         # A file may be sorted: the prompts of both stages and of the exams must be of one distribution.
         random.Random(seed).shuffle(asked)
     ids = (encode_prompt(messages, family.tokenizer) for messages in asked if messages)

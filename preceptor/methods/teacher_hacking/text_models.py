@@ -49,8 +49,8 @@ class SourceAuthor:
 
     def __call__(self, batch: Batch) -> LogitTargets:
         """Exact log-probabilities (rows, vocabulary), float64, packed in the order of ``batch.predicts``."""
-        told = log_probs(self.source, batch.input_ids.cpu())[:, 1:]
-        return LogitTargets(told[batch.predicts.cpu()].to(batch.input_ids.device))
+        log_p = log_probs(self.source, batch.input_ids.cpu())[:, 1:]
+        return LogitTargets(log_p[batch.predicts.cpu()].to(batch.input_ids.device))
 
     def answer(self, prompts: Listed[Prompt], length: int) -> list[Sequence]:
         """Each prompt with ``length`` symbols drawn from the source; prompts of one length go together."""
@@ -86,7 +86,7 @@ class LanguageAuthor:
         """Each prompt with what the model writes."""
         written = self.model.generate(list(prompts), max_new_tokens=length, batch_size=self.together)
         stop = self.model.stop_ids
-        return [answered(prompt, told if set(told) - stop else ()) for prompt, told in zip(prompts, written)]
+        return [answered(prompt, ids if set(ids) - stop else ()) for prompt, ids in zip(prompts, written)]
 
 
 def answered(prompt: Prompt, answer: Prompt) -> Sequence:

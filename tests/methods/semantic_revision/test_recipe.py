@@ -209,7 +209,7 @@ def test_the_replay_buffer_holds_corrected_samples(tmp_path, tokenizer, monkeypa
         found.append(correct(*words, **settings))
         return found[-1]
 
-    monkeypatch.setattr("preceptor.methods.semantic_revision.recipe.correct", corrects)
+    monkeypatch.setattr("preceptor.methods.semantic_revision.correction_log.correct", corrects)
     monkeypatch.setattr(OnPolicyMixer, "state_dict", seen_by(OnPolicyMixer.state_dict, kept := []))
     config = Config(own=OwnSamples(adaptive=True), training=replace(SHORT, evaluate_every=1))
     taught(tmp_path / "run", tokenizer, config)

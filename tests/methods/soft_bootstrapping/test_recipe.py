@@ -18,9 +18,10 @@ from preceptor.errors import UserError
 from preceptor.evaluation.language import TAUGHT, UNTAUGHT
 from preceptor.knowledge import Head, HiddenTargets, LogitTargets
 from preceptor.methods.soft_bootstrapping import recipe as recipe
+from preceptor.methods.soft_bootstrapping.examination import to_write
 from preceptor.methods.soft_bootstrapping.hints import Hinted, HintedPair, Prompts, fitted
 from preceptor.methods.soft_bootstrapping.questions import QuestionSource
-from preceptor.methods.soft_bootstrapping.recipe import Config, bootstrap, main, paper, to_write
+from preceptor.methods.soft_bootstrapping.recipe import Config, bootstrap, main, paper
 from preceptor.methods.soft_bootstrapping.selection import Rolling
 from preceptor.models.language_model import LanguageModel
 from preceptor.models.loading import load

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from preceptor.errors import UserError
-from preceptor.methods.soft_bootstrapping import rollouts as module
+from preceptor.methods.soft_bootstrapping import sampling as module
 from preceptor.methods.soft_bootstrapping.hints import Prompts
 from preceptor.methods.soft_bootstrapping.pictures import draw_selection
 from preceptor.methods.soft_bootstrapping.rollouts import Rollout, Tried, pair, roll_out, statistics

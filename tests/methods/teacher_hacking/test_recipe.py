@@ -10,8 +10,10 @@ from safetensors.torch import load_file
 from preceptor import cli
 from preceptor.errors import UserError
 from preceptor.methods.teacher_hacking import recipe as recipe
+from preceptor.methods.teacher_hacking.answer_set import AnswerSet
+from preceptor.methods.teacher_hacking.examination import sentence
 from preceptor.methods.teacher_hacking.label import Label
-from preceptor.methods.teacher_hacking.recipe import AnswerSet, Config, distil, main, paper, setup, start, tiny, told
+from preceptor.methods.teacher_hacking.recipe import Config, main, paper, setup, start, teach, tiny
 from preceptor.methods.teacher_hacking.reproduction import CONTROL, FIFTH, HALF, OFFLINE, arms
 from preceptor.methods.teacher_hacking.stage_one import build
 from preceptor.methods.teacher_hacking.text_models import answered
@@ -24,7 +26,7 @@ from preceptor.models.student import make_student
 def taught(tmp_path, name, **changes):
     config = replace(tiny, reverse=False, output=str(tmp_path / name), **changes)
     laboratory = build(tmp_path / name / "laboratory", setup(config), resume=False)
-    return distil(start(config, laboratory.start), laboratory.start, laboratory, config), laboratory
+    return teach(start(config, laboratory.start), laboratory.start, laboratory, config), laboratory
 
 
 class Writer:
@@ -169,7 +171,7 @@ def test_what_it_leaves_to_look_at(tmp_path):
     ],
 )
 def test_a_label_says_itself_in_a_sentence(label, said):
-    assert said in told(label)
+    assert said in sentence(label)
 
 
 def test_the_arms_of_the_reproduction_read_as_much_in_as_many_steps():
