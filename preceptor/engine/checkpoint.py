@@ -13,7 +13,7 @@ import random
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -32,14 +32,39 @@ HEADER = "checkpoint.json"
 _SAMPLE = 4096
 
 
-def write(folder: Path, step: int, tensors: dict[str, Tensor], header: dict[str, Any], *, keep: int) -> Path:
+class RandomState(TypedDict):
+    """The states of the generators of one process; ``cuda`` is None without a device."""
+
+    torch: Tensor
+    cuda: Tensor | None
+    numpy: list[Any]
+    python: list[Any]
+
+
+class CheckpointHeader(TypedDict, total=False):
+    """What stands in a checkpoint's JSON; states are nested lists that name tensors (`take_tensors`).
+
+    ``random`` and ``apart`` hold one state for each process, ``remembered`` one for all; ``frozen`` is a fingerprint of
+    each module's frozen weights; ``metrics_bytes`` is the length of metrics.jsonl.
+    """
+
+    step: int
+    files: dict[str, int]
+    random: list[Any]
+    remembered: dict[str, Any]
+    apart: list[Any]
+    frozen: dict[str, str]
+    metrics_bytes: int
+
+
+def write(folder: Path, step: int, tensors: dict[str, Tensor], header: CheckpointHeader, *, keep: int) -> Path:
     """Writes ``folder/step-00000100`` so that it is there whole or not at all, then removes all but the newest `keep`.
 
     Args:
         folder: where the checkpoints of one run lie; made if absent.
         step: optimizer steps done.
         tensors: what goes into safetensors; contiguous, on any device.
-        header: JSON-able; ``step`` and ``files`` (name to bytes) are added.
+        header: what is not a tensor; ``step`` and ``files`` (name to bytes) are added.
         keep: how many whole checkpoints stay.
 
     Raises:
@@ -75,9 +100,9 @@ def newest(folder: Path) -> Path | None:
     return next((path for path in _by_age(folder) if _whole(path)), None)
 
 
-def read_header(path: Path) -> dict[str, Any]:
+def read_header(path: Path) -> CheckpointHeader:
     """The JSON header of the checkpoint at `path`."""
-    header: dict[str, Any] = json.loads((path / HEADER).read_text(encoding="utf-8"))
+    header: CheckpointHeader = json.loads((path / HEADER).read_text(encoding="utf-8"))
     return header
 
 
@@ -117,7 +142,7 @@ def put_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
     return value
 
 
-def random_state() -> dict[str, Any]:
+def random_state() -> RandomState:
     """The states of the generators of torch (CPU and the current CUDA device), numpy and Python, of this process."""
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     version, state, gauss_next = random.getstate()
@@ -129,8 +154,8 @@ def random_state() -> dict[str, Any]:
     }
 
 
-def restore_random_state(state: dict[str, Any]) -> None:
-    """Puts the generators back to where `random_state` saw them."""
+def restore_random_state(state: RandomState) -> None:
+    """Puts the generators back into the states that `random_state` returned."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
@@ -143,7 +168,7 @@ def restore_random_state(state: dict[str, Any]) -> None:
 def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
     """A hash of names, shapes, types and up to 4096 evenly spaced values of each tensor.
 
-    It tells whether weights that a checkpoint leaves out (the frozen base under an adapter) are those it was made with,
+    It shows whether weights that a checkpoint leaves out (the frozen base under an adapter) are those it was made with,
     without reading all of them.
     """
     digest = hashlib.sha256()
@@ -155,7 +180,7 @@ def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def full(value: Tensor) -> Tensor:
-    """The whole of a sharded tensor (every process must ask), or the tensor itself."""
+    """The whole of a sharded tensor (every process must call this), or the tensor itself."""
     from torch.distributed.tensor import DTensor
 
     return value.full_tensor() if isinstance(value, DTensor) else value

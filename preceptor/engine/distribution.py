@@ -135,7 +135,7 @@ class Learner:
                 self.optimizer.state[parameter][slot] = checkpoint.like(saved, parameter)
 
     def release(self) -> None:
-        """Gives the bare module its own forward back, without autocast: whoever calls it now chooses the precision."""
+        """Gives the bare module its own forward back, without autocast: its caller now chooses the precision."""
         # Not unwrap_model, which takes off what decorates the module's own forward too.
         for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
             self.bare.__dict__.pop(name, None)
@@ -270,11 +270,11 @@ def synchronise(learners: Iterable[Learner], on: bool) -> None:
 
 
 def memory_mib(device: torch.device) -> float:
-    """MiB: the largest amount held so far, on the GPU if there is one, by the process otherwise; 0 where none tells."""
+    """MiB: the largest amount held so far, on the GPU if there is one, by the process otherwise; 0 if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     status = Path("/proc/self/status")
-    # The peak that getrusage tells was inherited from whatever started this process.
+    # The peak that getrusage reports is inherited from the process that started this one.
     if status.exists() and (peak := re.search(r"VmHWM:\s+(\d+)", status.read_text(encoding="ascii", errors="replace"))):
         return int(peak[1]) / 2**10
     if sys.platform == "win32":

@@ -30,7 +30,7 @@ class Stateful(Protocol):
 class Snapshots:
     """Saves what learns, its optimizers, the random numbers and what is remembered; puts all of it back.
 
-    ``folder`` is that of the checkpoints, ``keep`` how many stay. Frozen weights are not saved: a fingerprint tells
+    ``folder`` is that of the checkpoints, ``keep`` how many stay. Frozen weights are not saved: a fingerprint shows
     whether those of a resumed run are the same.
     """
 
@@ -41,7 +41,7 @@ class Snapshots:
         self._remembered: dict[str, Stateful] = {}
         self._apart: set[str] = set()
         self._waiting: dict[str, Any] = {}
-        self._random: dict[str, Any] | None = None
+        self._random: checkpoint.RandomState | None = None
         self._saved = -1
 
     def remember(self, name: str, thing: Stateful, *, apart: bool) -> None:
@@ -62,7 +62,7 @@ class Snapshots:
         states = gather_objects(checkpoint.random_state(), self._accelerator)
         things = {name: thing.state_dict() for name, thing in self._remembered.items()}
         apart = gather_objects({name: things.pop(name) for name in self._apart}, self._accelerator)
-        header: dict[str, Any] = {
+        header: checkpoint.CheckpointHeader = {
             "random": checkpoint.take_tensors(states, "random", tensors),
             "remembered": checkpoint.take_tensors(things, "remembered", tensors),
             "apart": checkpoint.take_tensors(apart, "apart", tensors),
@@ -97,7 +97,7 @@ class Snapshots:
         return header["step"], header["metrics_bytes"]
 
     def restore_random(self) -> None:
-        """Puts the random numbers back to where the checkpoint saw them, once, at the first step of a resumed run.
+        """Puts the random generators back into the checkpoint's states, once, at the first step of a resumed run.
 
         Not earlier: what the recipe does ahead of its loop draws random numbers too.
         """
