@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from preceptor.cli import EXTRAS
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -14,7 +16,7 @@ BLOCKS = [
     for path in PAGES
     for number, block in enumerate(re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL))
 ]
-COMMANDS = {"list", "show", "run", "reproduce", "chat", "cache", "evaluate", "report", "doctor"}
+COMMANDS = {"list", "show", "run", "reproduce", *EXTRAS}
 
 
 def test_the_readme_is_short() -> None:
@@ -77,7 +79,7 @@ def test_commands_exist(path: Path) -> None:
     """Every ``preceptor ...`` in a page names a command, and ``run`` and its like a recipe."""
     from preceptor.catalogue import find_methods
 
-    methods = {method.name for method in find_methods()} | {"NAME"}
+    methods = {method.name for method in find_methods()} | {"NAME", "METHOD"}
     text = path.read_text(encoding="utf-8")
     for command, word in re.findall(r"(?:^    |`|-m )preceptor ([a-z]+) ?([A-Za-z_]*)", text, re.MULTILINE):
         assert command in COMMANDS, f"{path.name}: preceptor {command}"

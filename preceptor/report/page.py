@@ -58,7 +58,8 @@ def headline(contents: Contents) -> str:
         held, claims = sum(claim.holds for claim in table.claims), len(table.claims)
         if claims == 1:
             return f"The claim {'holds' if held else 'does not hold'}."
-        return f"All {claims} claims hold." if held == claims else f"{held} of {claims} claims hold."
+        every = "Both" if claims == 2 else f"All {claims}"
+        return f"{every} claims hold." if held == claims else f"{held} of {claims} claims hold."
     if table is not None:
         return table.title + "."
     if not contents.metrics:

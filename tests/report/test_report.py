@@ -154,6 +154,14 @@ def test_a_reproduction_shows_its_claims(tmp_path: Path) -> None:
     assert "preceptor reproduce gkd" in page.text
 
 
+def test_the_headline_counts_the_claims_that_hold(tmp_path: Path) -> None:
+    for count, sentence in ((1, "The claim holds."), (2, "Both claims hold."), (3, "All 3 claims hold.")):
+        made = table(claims=True)
+        made.claims = [made.claims[0]] * count
+        (tmp_path / "table.json").write_text(json.dumps(made.json()))
+        assert sentence in read(write_report(tmp_path)).text
+
+
 def test_the_method_is_the_one_that_the_run_wrote_down(tmp_path: Path) -> None:
     folder = fill(tmp_path / "anywhere" / "first")
     assert "Method" not in read(write_report(folder)).text

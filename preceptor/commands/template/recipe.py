@@ -96,7 +96,9 @@ def main(config: Config) -> None:
     student.eval().cpu()
     save_file(student.state_dict(), folder / "student.safetensors")
     table = examine(config, teacher, student, digits)
-    write_result(folder, table)
+    share = accuracy(student, digits, config.unseen)
+    headline = f"The student names {share:.0f} % of the images of {config.unseen} correctly, without having seen one."
+    write_result(folder, table, headline=headline)
     table.print()
     print(f"The page: {write_report(folder)}")
 

@@ -48,12 +48,13 @@ def one_seed(training: Training, folder: Path) -> dict[str, dict[str, float]]:
     config = Config(training=training)
     digits = read_digits(training.seed)
     images = digits.images[digits.labels != config.unseen]
+    order = torch.Generator().manual_seed(training.seed)
     logits = fit_teacher(digits, config.widths[0], training.seed)(images)
     arms: dict[str, tuple[float, Tensor]] = {
         "soft targets": (config.temperature, logits),
         # Logits so far apart that the softmax is a one-hot vector: the loss is then the cross-entropy.
         "hard targets": (1.0, 100.0 * one_hot(logits.argmax(-1), 10)),
-        "shuffled targets": (config.temperature, logits[torch.randperm(len(logits))]),
+        "shuffled targets": (config.temperature, logits[torch.randperm(len(logits), generator=order)]),
     }
     figures = {}
     for arm, (temperature, targets) in arms.items():

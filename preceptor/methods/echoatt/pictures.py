@@ -24,7 +24,7 @@ def draw_similarity(folder: Path, similarity: Similarity, followers: Sequence[in
     layers, leaders = range(len(similarity.cosines)), leaders_of(followers)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.1))
     image = left.imshow(similarity.cosines, vmin=0, vmax=1, cmap="viridis", origin="lower")
-    figure.colorbar(image, ax=left, shrink=0.85)
+    scale = figure.colorbar(image, ax=left, shrink=0.85)
     left.scatter(list(leaders.values()), list(leaders), s=9, color="white", edgecolors=INK, linewidths=0.5)
     left.set_xlabel("layer", fontsize=8, color=INK)
     left.set_ylabel("layer", fontsize=8, color=INK)
@@ -32,7 +32,7 @@ def draw_similarity(folder: Path, similarity: Similarity, followers: Sequence[in
     right.plot(layers, similarity.floor, color="#d95f0e", linewidth=1.2)
     right.set_xlabel("layer", fontsize=8, color=INK)
     right.set_ylim(0, 1)
-    for axes in (left, right):
+    for axes in (left, right, scale.ax):
         bare(axes)
     caption = (
         "Cosine of the layers' attention matrices (left; a white point marks the layer that a follower copies from), "
