@@ -177,7 +177,7 @@ def _name(words: list[str], command: str) -> str:
 
 
 def _places(words: list[str]) -> tuple[list[str], bool]:
-    """The paths that ``list`` was given, and whether it shall print Markdown."""
+    """The paths that ``list`` was given, and whether to print Markdown."""
     if words and words[0] in {"-h", "--help"}:
         print_help("list")
         raise SystemExit(0)

@@ -1,4 +1,4 @@
-"""Evaluate a student beside its teacher, itself before it was taught, and a student taught by labels only.
+"""Evaluate a student beside its teacher, beside its own untaught state, and beside a student taught by labels only.
 
     preceptor evaluate runs/gkd/run
 

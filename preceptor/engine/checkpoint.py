@@ -1,7 +1,7 @@
-"""Checkpoints: one folder a step, written beside and renamed, holding safetensors and JSON and nothing else.
+"""Checkpoints: a folder for each saved step, written beside and renamed, with safetensors and JSON only.
 
 A checkpoint that can be seen under its own name is whole: its files are on the disk before the folder is renamed, and
-the header lists their sizes. An unfinished one starts with a dot and is swept away by the next run.
+the header lists their sizes. An unfinished one starts with a dot and is removed by the next run.
 """
 
 from __future__ import annotations

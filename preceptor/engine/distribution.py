@@ -150,7 +150,7 @@ class Learner:
 
 
 def start(precision: str, trackers: tuple[str, ...], folder: Path) -> Accelerator:
-    """Accelerate's view of this process among its fellows.
+    """The accelerator of this process: its device, its precision, and the other processes of the run.
 
     Raises:
         UserError: a tracker is not installed.
@@ -166,7 +166,7 @@ def start(precision: str, trackers: tuple[str, ...], folder: Path) -> Accelerato
         # Accelerate keeps the precision of the first run of a process; a later run may want another.
         AcceleratorState._reset_state(False)
     log_with: Any = list(trackers) or None
-    # Without this, processes launched on a machine that has no accelerator would not find one another.
+    # Without this, processes launched on a machine that has no accelerator would not find each other.
     alone = not torch.accelerator.is_available()
     accelerator = Accelerator(mixed_precision=mixed, log_with=log_with, project_dir=str(folder), cpu=alone)
     if accelerator.num_processes > 1:

@@ -25,7 +25,7 @@ _FREE = ("resume", "output")
 
 
 def open_folder(folder: Path, config: Any, *, resume: bool) -> None:
-    """Makes the run's folder, or makes sure that it holds this very run; touches nothing that is there.
+    """Makes the run's folder, or checks that it holds this same run; changes no file that is there.
 
     A recipe calls `check_folder` before it loads anything heavy.
 

@@ -40,7 +40,9 @@ def test_the_folder_is_whole_and_bears_its_name(place: Path) -> None:
     method = read_method(place / "mine" / "recipe.py")
     assert (method.name, method.requires, method.reproduction) == ("mine", "vision", "not yet run")
     assert method.link == "https://arxiv.org/abs/1503.02531"
-    assert all(setting.help for setting in read_settings(method.path))
+    settings = read_settings(method.path)
+    assert {"output", "resume", "training"} <= {setting.name for setting in settings}
+    assert all(setting.help for setting in settings)
 
 
 @pytest.mark.slow
