@@ -47,6 +47,10 @@ FLOOR = -30.0  # log-probabilities as f_sub is shown them go down to here
 PARTS = ("divergence", "cross_entropy", "kl", "kept_mass", "kept_classes", "lower", "upper", "slope")
 
 
+"""Sums over rows: DAC-KL, the cross-entropy, the whole KL(p ‖ q), Σ w p, Σ w, l and u, and the norm of the gradient
+with respect to a row's hidden state."""
+
+
 @dataclass(frozen=True)
 class Clipping:
     """Which of the teacher's classes are kept."""
@@ -210,8 +214,7 @@ def clipped_kl(
         hidden: the student's last hidden states, (..., width).
         head: the student's output head.
         teacher: dense soft targets whose leading shape is that of ``hidden``, or (rows,) for the masked rows.
-        clipping: what is kept; with ``mode="off"`` all of the K likeliest classes, and the others as one: the whole
-            KL is ``divergences.forward_kl``.
+        clipping: what is kept; with ``mode="off"`` the K likeliest classes, and all others as one.
         mask: boolean, the leading shape of ``hidden``; rows that are False cost nothing.
         targets: int64, the leading shape of ``hidden``: the text's own next token, always kept.
         quantiles: f_sub, read without gradient, where the quantiles are learned.
@@ -221,9 +224,7 @@ def clipped_kl(
         chunk_bytes: memory for logits that are alive at a time.
 
     Returns:
-        `Loss` with the count of rows and sums over them: ``divergence`` (DAC-KL), ``cross_entropy``, ``kl`` (the whole
-        KL(p ‖ q)), ``kept_mass`` (Σ w p), ``kept_classes`` (Σ w), ``lower``, ``upper`` (l and u) and ``slope`` (the
-        norm of the gradient with respect to a row's hidden state); and the classes for `quantile_loss`.
+        `Loss` with the count of rows and sums over them (``PARTS``); and the classes for `quantile_loss`.
 
     Raises:
         UserError: vocabularies or shapes that do not fit, or learned quantiles without f_sub.
@@ -232,37 +233,46 @@ def clipped_kl(
         raise UserError("Learned quantiles need f_sub: pass `quantiles`, or set clipping.mode to fixed.")
     rows, outputs = packed(hidden, head, teacher, mask)
     if len(rows) == 0:
-        warnings.warn("No position is selected by the mask; the loss is exactly 0.", stacklevel=2)
-        zero = torch.zeros((), device=hidden.device)
-        empty = rows.new_zeros(0, min(clipping.top, head.weight.shape[0]) + 1)
-        return Loss(nothing(hidden, head), zero.long(), dict.fromkeys(PARTS, zero)), Classes(
-            empty, empty, empty.bool(), empty[:, 0], empty[:, 0]
-        )
+        return _of_no_row(hidden, head, clipping)
     wanted = targets[mask]
     taught = torch.full_like(wanted, -100) if labels is None else labels[mask]
     seen: list[Classes] = []
     objective = RowObjective("forward_kl", 0.0, 1.0, weight, label_weight)
 
     def score(z: Tensor, part: slice) -> Tensor:
-        product = product_type(hidden)
-        student = StudentRows(z, Logits(head.scale, head.softcap), objective, wide(product))
-        log_p = teacher_log_probs(outputs, part, product)
+        student = StudentRows(z, Logits(head.scale, head.softcap), objective, wide(product_type(hidden)))
+        log_p = teacher_log_probs(outputs, part, product_type(hidden))
         ids, classes = considered(log_p, student.s, wanted[part], clipping.top)
         lower, upper = _quantiles(classes, clipping, quantiles)
         kept = gates(classes, lower, upper, clipping)
         value, p_tail, q_tail = clipped_rows(classes, kept)
         student.write(z, objective, _gradient(student.s, ids, classes, kept, p_tail / q_tail), taught[part])
-        entropy = student.cross_entropy(taught[part])
-        whole = (log_p.exp() * (log_p - student.s)).sum(-1)
-        mass = (kept * classes.p.exp()).sum(-1)
         seen.append(classes)
-        total = weight * value + label_weight * entropy
-        found = (total, value, entropy, whole, mass, kept.sum(-1), lower, upper)
-        return torch.stack([part.double() if z.device.type != "mps" else part for part in found]).sum(-1)
+        entropy = student.cross_entropy(taught[part])
+        values = [weight * value + label_weight * entropy, value, entropy, *_of_rows(log_p, student.s, classes, kept)]
+        return torch.stack([x.double() if z.device.type != "mps" else x for x in (*values, lower, upper)]).sum(-1)
 
     total, sums, slope = summed(rows, head, score, blocks(len(rows), head.weight.shape[0], chunk_bytes))
-    together = Classes(*(torch.cat([getattr(one, name) for one in seen]) for name in Classes.__dataclass_fields__))
-    return Loss(total, torch.tensor(len(rows), device=hidden.device), dict(zip(PARTS, [*sums[1:], slope]))), together
+    return Loss(total, torch.tensor(len(rows), device=hidden.device), dict(zip(PARTS, [*sums[1:], slope]))), _joined(
+        seen
+    )
+
+
+def _joined(parts: list[Classes]) -> Classes:
+    return Classes(*(torch.cat([getattr(one, name) for one in parts]) for name in Classes.__dataclass_fields__))
+
+
+def _of_rows(log_p: Tensor, log_q: Tensor, classes: Classes, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row the whole KL(p ‖ q), Σ w p and Σ w."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1), (kept * classes.p.exp()).sum(-1), kept.sum(-1)
+
+
+def _of_no_row(hidden: Tensor, head: Head, clipping: Clipping) -> tuple[Loss, Classes]:
+    warnings.warn("No position is selected by the mask; the loss is exactly 0.", stacklevel=3)
+    zero = torch.zeros((), device=hidden.device)
+    empty = hidden.new_zeros(0, min(clipping.top, head.weight.shape[0]) + 1)
+    classes = Classes(empty, empty, empty.bool(), empty[:, 0], empty[:, 0])
+    return Loss(nothing(hidden, head), zero.long(), dict.fromkeys(PARTS, zero)), classes
 
 
 def considered(log_p: Tensor, log_q: Tensor, target: Tensor, top: int) -> tuple[Tensor, Classes]:

@@ -14,6 +14,12 @@ total_variation           1/2 sum \\|p - q\\|                                   
 
 Jensen-Shannon at ``beta=0`` is forward KL and at ``beta=1`` reverse KL, as in GKD's implementations. These are the
 limits of JSD / beta and JSD / (1 - beta), so the scale jumps there: JSD(0.001) is a thousandth of JSD(0).
+
+Top-k targets leave the other tokens' probabilities open, except their sum. ``tail="bucket"`` compares the k listed
+tokens and all others together as one class: exact as a divergence of k + 1 classes, a lower bound of the full one (by
+the data-processing inequality), and without effect on the tail's shape, which the student keeps. ``tail="uniform"``
+spreads the tail's mass evenly, which also teaches the student a flat tail. At a temperature other than 1 both take the
+tail as flat to know its mass.
 """
 
 from __future__ import annotations
@@ -57,26 +63,18 @@ def divergence(
     Args:
         hidden: the student's last hidden states, (..., width).
         head: the student's output head.
-        teacher: soft targets whose leading shape is that of ``hidden``, or (rows,) for the rows that ``mask`` selects;
-            None for cross-entropy alone.
+        teacher: soft targets of ``hidden``'s leading shape, or (rows,) for the masked rows; None: cross-entropy alone.
         kind: which divergence, see the module.
         beta: the teacher's share in the Jensen-Shannon mixture, in [0, 1].
         alpha: skew, in [0, 1]: the share of a kind's own distribution in its mixture.
-        temperature: divides both sides' logits (not those of the cross-entropy). The factor temperature**2 keeps the
-            size of the gradient (Hinton et al. 2015).
-        mask: boolean, the leading shape of ``hidden``; rows that are False cost nothing. Default: the rows whose label
-            is not -100, or all.
+        temperature: divides both sides' logits, not those of the cross-entropy.
+        mask: boolean, the leading shape of ``hidden``; False rows cost nothing. Default: labelled rows, or all.
         labels: int64, the leading shape of ``hidden``; -100 adds no cross-entropy.
         weight: multiplies the divergence.
         label_weight: multiplies the cross-entropy to ``labels``, in nats at temperature 1.
-        tail: what top-k targets say about unlisted tokens. ``"bucket"`` compares the k listed tokens and all others
-            together as one class: exact as a divergence of k + 1 classes, a lower bound of the full one (by the
-            data-processing inequality), and silent about the tail's shape, which the student keeps.
-            ``"uniform"`` spreads the tail's mass evenly, which also teaches the student a flat tail. At a temperature
-            other than 1 both take the tail as flat to know its mass.
+        tail: how top-k targets treat unlisted tokens, ``"bucket"`` or ``"uniform"``; see the module.
         chunk_bytes: memory for logits that are alive at a time.
-        float32_gradient: sum the gradient of a narrow head (bfloat16, float16) over chunks in float32, for 4 bytes an
-            entry; otherwise a sum is rounded to the head's dtype once a chunk. Within a chunk it is always float32.
+        float32_gradient: sum a bfloat16 or float16 head's gradient over chunks in float32, for 4 bytes an entry.
         compiled: use the compiled CPU kernel where there is one; otherwise PyTorch, to the same values.
 
     Returns:
@@ -89,19 +87,19 @@ def divergence(
     """
     _check_settings(kind, beta, alpha, temperature, tail, chunk_bytes)
     _check_shapes(hidden, head, teacher, mask, labels)
-    if labels is not None and mask is None:
-        mask = labels != IGNORED
     rows, chosen, targets = _select(hidden, teacher, mask, labels)
     _check_targets(targets, chosen, rows.shape[0], head.weight.shape[0], kind, temperature)
     if rows.shape[0] == 0:
         return _empty(hidden, head, teacher, labels)
     objective = _objective(kind, beta, alpha, temperature=temperature, gain=weight, label_gain=label_weight)
     plan = PassPlan(objective, tail, *_dtypes(rows, head.weight, float32_gradient), chunk_bytes, compiled)
-    total, sums = FusedDivergence.apply(  # type: ignore[no-untyped-call]
-        rows, head.weight, head.bias, head, targets, chosen, plan
+    inputs = (rows, head.weight, head.bias, head, targets, chosen, plan)
+    total, sums = FusedDivergence.apply(*inputs)  # type: ignore[no-untyped-call]
+    return Loss(
+        total,
+        torch.tensor(rows.shape[0], device=hidden.device),
+        {name: sums[STATS.index(name)] for name in _names(teacher, labels)},
     )
-    count = torch.tensor(rows.shape[0], device=hidden.device)
-    return Loss(total, count, {name: sums[STATS.index(name)] for name in _names(teacher, labels)})
 
 
 def _names(teacher: SoftTargets | None, labels: Tensor | None) -> list[str]:
@@ -143,6 +141,8 @@ def _select(
 ) -> tuple[Tensor, Tensor | None, SoftTargets | None]:
     """Rows, labels and targets of the selected positions, each (rows, ...)."""
     lead = hidden.shape[:-1]
+    if labels is not None and mask is None:
+        mask = labels != IGNORED
 
     def pick(values: Tensor) -> Tensor:
         if values.shape[:-1] != lead or (mask is not None and values.shape[:-1] == (int(mask.sum()),) != lead):

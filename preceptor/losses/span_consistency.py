@@ -52,8 +52,7 @@ def span_consistency(
     rows, outputs = packed(hidden, head, teacher, mask)
     count = torch.tensor(len(pairs), device=hidden.device)
     if len(pairs) == 0:
-        zero = torch.zeros((), device=hidden.device)
-        return Loss(nothing(hidden, head), count, {"span": zero, "span_slope": zero})
+        return Loss(nothing(hidden, head), count, dict.fromkeys(("span", "span_slope"), count.float()))
     if int(pairs.min()) < 0 or int(pairs.max()) + 1 >= len(rows):
         raise UserError(f"A pair begins at row {int(pairs.max())}, and there are {len(rows)} rows.")
     used = torch.unique(torch.cat([pairs, pairs + 1]))
@@ -69,10 +68,8 @@ def span_consistency(
         gap = q[here] * q[here + 1] - p[here] * p[here + 1]
         size = gap.square().sum(-1) if squared else gap.norm(dim=-1)
         # Where both agree the norm has no gradient; 0 is one of its subgradients.
-        slope = (
-            gap.mul_(2 * weight) if squared else gap.mul_((weight / size).masked_fill_(size == 0, 0.0).unsqueeze(-1))
-        )
-        by_q = torch.zeros_like(q)
+        factor = 2 * weight if squared else (weight / size).masked_fill_(size == 0, 0.0).unsqueeze(-1)
+        slope, by_q = gap.mul_(factor), torch.zeros_like(q)
         by_q.index_add_(0, here, slope * q[here + 1]).index_add_(0, here + 1, slope * q[here])
         by_q.mul_(q)
         student.write(z, objective, by_q - q * by_q.sum(-1, keepdim=True), None)

@@ -76,7 +76,7 @@ def test_the_smallest_run_leaves_a_student_and_a_page(method: Method, kept: Path
     assert json.loads((folder / "result.json").read_text(encoding="utf-8"))
     assert not [path for path in folder.rglob("*") if path.suffix in {".pt", ".pth", ".bin", ".pkl"}]
     for picture in folder.rglob("*.png"):
-        look(picture, colours=1)
+        look(picture, colours=0)
 
 
 @pytest.mark.parametrize("method", METHODS)
