@@ -260,8 +260,10 @@ def test_an_extra_that_is_missing_is_named(capsys: pytest.CaptureFixture[str], m
     assert 'mine needs torch, not installed here: pip install "preceptor[text]"' in refusal(capsys, "run", "./mine")
 
 
-def test_a_piece_that_is_not_python_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_of_its_own_that_do_not_fit_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     folder()
+    Path("mine/reproduction.py").write_text("", encoding="utf-8")
+    assert "has no function reproduce(seeds, folder, full)" in refusal(capsys, "reproduce", "./mine")
     Path("mine/pieces.py").write_text("def f(:\n", encoding="utf-8")
     assert "pieces.py, line 1 is not Python" in refusal(capsys, "run", "./mine")
 
@@ -278,12 +280,6 @@ def test_a_method_without_a_reproduction_says_where_it_goes(capsys: pytest.Captu
     file()
     assert "./mine.py has no reproduction: move it to mine/recipe.py" in refusal(capsys, "reproduce", "./mine.py")
     assert "./mine has no reproduction: write reproduction.py" in refusal(capsys, "reproduce", "./mine")
-
-
-def test_a_reproduction_without_its_function_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    folder()
-    Path("mine/reproduction.py").write_text("", encoding="utf-8")
-    assert "has no function reproduce(seeds, folder, full)" in refusal(capsys, "reproduce", "./mine")
 
 
 def test_a_bare_name_leads_to_the_path(capsys: pytest.CaptureFixture[str]) -> None:
