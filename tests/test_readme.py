@@ -39,6 +39,22 @@ def test_python_blocks_compile_and_import_what_exists(path: Path, block: str) ->
                 assert hasattr(module, alias.name), f"{path.name}: {node.module} has no {alias.name}"
 
 
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_imports_in_a_page_find_what_they_name(path: Path) -> None:
+    """Also those of blocks that are indented, which no tool marks as Python."""
+    text = path.read_text(encoding="utf-8")
+    for module, names in re.findall(r"^ *from (preceptor[\w.]*) import ([\w, ]+)$", text, re.MULTILINE):
+        for name in re.findall(r"\w+", names.replace(" as ", ",")):
+            assert hasattr(importlib.import_module(module), name), f"{path.name}: {module} has no {name}"
+
+
+@pytest.mark.parametrize("name", ["tasks", "vision"])
+def test_the_program_of_a_page_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8"), re.DOTALL)
+    exec(compile(block, f"{name}.md", "exec"), {})
+    assert capsys.readouterr().out
+
+
 def test_the_readme_s_program_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The README's ten lines of Python, with a teacher of random weights and two steps."""
     import json

@@ -229,14 +229,12 @@ def clipped_kl(
     Raises:
         UserError: vocabularies or shapes that do not fit, or learned quantiles without f_sub.
     """
-    if clipping.mode == "learned" and quantiles is None:
-        raise UserError("Learned quantiles need f_sub: pass `quantiles`, or set clipping.mode to fixed.")
+    _check_quantiles(clipping, quantiles)
     rows, outputs = packed(hidden, head, teacher, mask)
     if len(rows) == 0:
         return _of_no_row(hidden, head, clipping)
-    wanted = targets[mask]
+    wanted, seen = targets[mask], list[Classes]()
     taught = torch.full_like(wanted, -100) if labels is None else labels[mask]
-    seen: list[Classes] = []
     objective = RowObjective("forward_kl", 0.0, 1.0, weight, label_weight)
 
     def score(z: Tensor, part: slice) -> Tensor:
@@ -256,6 +254,11 @@ def clipped_kl(
     return Loss(total, torch.tensor(len(rows), device=hidden.device), dict(zip(PARTS, [*sums[1:], slope]))), _joined(
         seen
     )
+
+
+def _check_quantiles(clipping: Clipping, quantiles: Quantiles | None) -> None:
+    if clipping.mode == "learned" and quantiles is None:
+        raise UserError("Learned quantiles need f_sub: pass `quantiles`, or set clipping.mode to fixed.")
 
 
 def _joined(parts: list[Classes]) -> Classes:
