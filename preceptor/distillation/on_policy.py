@@ -23,10 +23,10 @@ BUFFER = 1000  # samples that DistiLLM's replay buffer holds
 
 @dataclass(frozen=True)
 class OwnSamples:
-    """How often the student learns on what it wrote itself."""
+    """How often the student learns on its own samples."""
 
     share: float = 0.0
-    """λ, the probability that an example's answer is replaced by one that the student writes."""
+    """λ (TRL's ``lmbda``), the probability that an example's answer is replaced by one that the student writes."""
     adaptive: bool = False
     """DistiLLM's adaptive off-policy schedule instead of a constant share; it needs ``training.evaluate_every``."""
     temperature: float = 1.0
@@ -67,7 +67,7 @@ class OnPolicyMixer:
         """The examples of one optimizer step, some answered by the student, in one batched generation.
 
         Args:
-            student: who answers (not wrapped by DDP).
+            student: writes the answers (not wrapped by DDP).
             examples: the step's examples; plain text without a prompt stays as it is.
             text: the limits of lengths.
             progress: t/N, the share of the run's steps that are done.
@@ -123,7 +123,7 @@ class OnPolicyMixer:
         return {"threshold": self.threshold, "reference": seen, "buffer": buffer}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what ``state_dict`` gave."""
+        """Restore what ``state_dict`` returned."""
         seen = state["reference"]
         self.threshold, self.reference = state["threshold"], float("inf") if seen is None else seen
         self.buffer = [Sequence(tuple(ids), tuple(response)) for ids, response in state["buffer"]]

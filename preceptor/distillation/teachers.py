@@ -28,7 +28,7 @@ CHUNK_BYTES = 64 << 20  # of float32 logits that an ensemble holds for one of it
 
 
 class Teacher(Protocol):
-    """Anything that says soft targets for a batch."""
+    """Anything that gives soft targets for a batch."""
 
     def __call__(self, batch: Batch) -> SoftTargets:
         """Soft targets with leading shape (B, T), or packed in the order of ``batch.predicts``."""
@@ -105,7 +105,7 @@ class CachedTeacher:
 class MemoisedTeacher:
     """A teacher whose targets for sequences that come again are kept in memory; others are computed anew.
 
-    What it says by now is held as packed rows: ``limit`` bytes of them, after which nothing more is remembered.
+    Its outputs are kept as packed rows, ``limit`` bytes of them at most.
     """
 
     def __init__(self, teacher: Teacher, again: Listed[Sequence], *, limit: int = 1 << 30) -> None:
@@ -139,7 +139,7 @@ class Ensemble:
     that predict a response token, and one chunk of ``CHUNK_BYTES`` more while it is made.
 
     Args:
-        teachers: at least one; each says hidden states or logits.
+        teachers: at least one; each gives hidden states or logits.
         weights: one for each teacher, positive; they are divided by their sum. Equal by default.
 
     Raises:

@@ -21,7 +21,7 @@ Decided here, where the sources differ or are silent:
 * Labels are the tokens of given answers: the student's own samples are distilled, not imitated.
 * β = 0 and β = 1 are the forward and the reverse KL themselves (TRL's convention); the scale of JSD(β) vanishes towards
   both ends, so the learning rate must follow β: see ``losses/divergences.py``.
-* Missing answers can be left to the teacher, who writes them before training starts, into ``lessons.jsonl``.
+* Missing answers can be left to the teacher, which writes them before training starts, into ``lessons.jsonl``.
 * With ``own.adaptive`` the share of own samples follows DistiLLM's adaptive off-policy schedule: a threshold φ that
   starts at 0 and grows by 0.1 whenever the held-out loss has risen by 0.1, and a replay buffer of 1,000 samples.
 * ``watch_hacking`` checks at every evaluation whether the held-out loss has left its power law (Tiapkin et al. 2025,
@@ -47,6 +47,7 @@ from preceptor.distillation.lessons import Lessons, Text, prepare_together
 from preceptor.distillation.marked import Marker
 from preceptor.distillation.objective import LABELS, Objective
 from preceptor.distillation.on_policy import OnPolicyMixer, OwnSamples
+from preceptor.distillation.pair import DISTILLM_TEXT, DISTILLM_TRAINING, load_pair
 from preceptor.distillation.teachers import CachedTeacher, Teacher, answer_online
 from preceptor.engine.run import Run
 from preceptor.engine.run_folder import check_folder
@@ -56,7 +57,7 @@ from preceptor.evaluation.language import LABELS_ONLY, TAUGHT
 from preceptor.evaluation.power_law import NEEDED, Watcher, readable
 from preceptor.evaluation.power_law_picture import draw_law
 from preceptor.methods.gkd.examination import examine_students
-from preceptor.models.identity import provenance, same_tokenizer
+from preceptor.models.identity import provenance
 from preceptor.models.language_model import LanguageModel
 from preceptor.models.loading import load
 from preceptor.models.student import make_student
@@ -132,25 +133,15 @@ tiny = Config(
 )
 
 
-# DistiLLM's script for GPT-2 (jongwooko/distillm): 1.5B teaches 0.1B on Dolly, 8 sequences on each of 4 devices.
+# As in DistiLLM's script for GPT-2: 1.5B teaches 0.1B on Dolly.
 paper = Config(
     teacher="gpt2-xl",
     student="gpt2",
-    text=Text(source="databricks/databricks-dolly-15k", held_out=500, max_length=512, answer_length=256),
+    text=DISTILLM_TEXT,
     objective=Objective(divergence="skew_kl", alpha=0.1),
     own=OwnSamples(adaptive=True),
     output="runs/gkd/paper",
-    training=Training(
-        epochs=20,
-        batch_size=32,
-        learning_rate=5e-4,
-        weight_decay=0.01,
-        schedule="cosine",
-        clip=1.0,
-        precision="bf16",
-        evaluate_every=500,
-        save_every=500,
-    ),
+    training=DISTILLM_TRAINING,
 )
 
 
@@ -188,16 +179,14 @@ def main(config: Config) -> Table | None:
     Raises:
         UserError: the tokenizers differ, the folder holds another run, the cache is another teacher's, no text is left.
     """
-    folder = Path(config.output)
+    folder, seed = Path(config.output), config.training.seed
     check_folder(folder, config, resume=config.resume)
     if config.cache and (other := Header.read(Path(config.cache)).teacher) != config.teacher:
         raise UserError(
             f"The cache {config.cache} is of the teacher {other}, not of {config.teacher}: name that one, or capture "
             "a cache of this one."
         )
-    teacher = load(config.teacher, dtype=config.teacher_dtype)
-    student = make_student(config.student, teacher, seed=config.training.seed)
-    same_tokenizer(teacher, student)
+    teacher, student = load_pair(config.teacher, config.student, dtype=config.teacher_dtype, seed=seed)
     # Before the run begins, so that text which cannot be read leaves no run behind.
     lessons = prepare_together(config.text, teacher, config.training, folder)
     run = start(config, student, teacher)
@@ -212,7 +201,7 @@ def main(config: Config) -> Table | None:
 
 
 def start(config: Config, student: LanguageModel, teacher: LanguageModel) -> Run:
-    """The run of one student, with what it rests on written down."""
+    """The run of one student, which records its teacher, text and tokenizer."""
     return Run(
         config.training,
         student=student,
@@ -241,7 +230,7 @@ def teacher_of(
 
 
 def gathered(run: Run, student: LanguageModel, config: Config) -> LanguageModel:
-    """The student in one piece: where its parts lie on several processes, gathered into a new one on the main one."""
+    """The student in evaluation mode; one that lies in shards is gathered into a new model on the main process."""
     if not config.training.shard:
         return student.eval()
     state = run.state_dict()

@@ -32,14 +32,14 @@ ARMS = {
     "untaught": "the pruned student before it is taught",
     "soft targets": "forward KL to the teacher on the given text",
     "labels": "cross-entropy on the same text, as many steps",
-    "shuffled teacher": "control: forward KL to what the teacher says at another position of the batch",
+    "shuffled teacher": "control: forward KL to the teacher's targets for another position of the batch",
     "then the given text": "the soft-target student taught on: same loss, the given text again",
     "then its own samples": "the soft-target student taught on: same loss, λ = 1",
 }
 
 
 class ShuffledRows:
-    """The control: what a teacher says at one position is handed out at another."""
+    """The control: a teacher's targets, assigned to the wrong positions."""
 
     def __init__(self, teacher: MemoisedTeacher) -> None:
         self.teacher = teacher

@@ -3,7 +3,7 @@
 Liu et al., Multi-Granularity Semantic Revision for Large Language Model Distillation (https://arxiv.org/abs/2407.10068),
 eq. 3. With y ~ student(. | x), and p_i, q_i the two models' distributions after x and the student's own y_1 .. y_{i-1}:
 
-    y^t_i = argmax p_i                              what the teacher would have chosen
+    y^t_i = argmax p_i                              the token that the teacher would have chosen
     C     = { i : y_i ≠ y^t_i }                     candidates
     j     = argmax_{i in C} KL(p_i ‖ q_i)
     x, y_1 .. y_{j-1}, y^t_j, and from there on the student again
@@ -81,17 +81,17 @@ def correct(
     of keys, which is cut back to the part that stays.
 
     Args:
-        student: who wrote the responses and goes on.
-        teacher: whose distribution, dense, is asked at every position.
-        sequences: what the student wrote; a response may be empty.
+        student: wrote the responses and continues them.
+        teacher: gives its distribution, dense, at every position.
+        sequences: the student's samples; a response may be empty.
         correction: how often, and which token of the teacher.
         length: tokens of a response, at most; one that is corrected at its last token stops there.
         max_length: tokens of a prompt and a response together, at most.
         temperature: of the student's sampling.
-        place: where the two differ most, or, for comparison, at any candidate alike.
+        place: the candidate where the two differ most, or, as a control, one drawn uniformly.
         keep_cache: False reads the prefix again (as is done where a model's cache cannot be cut: sliding windows,
             recurrent states).
-        autocast: what the student reads and writes within; the teacher, and the choice, keep their own precision.
+        autocast: context in which the student reads and writes; teacher and comparison keep their own precision.
 
     Raises:
         UserError: the teacher is not dense, or has another vocabulary.
@@ -110,8 +110,8 @@ def correct(
             chosen = order[start : start + TOGETHER]
             last = [places[index][-1] if places[index] else -1 for index in chosen]
             with autocast():
-                look = _Look(student, [now[index] for index in chosen])
-            look.listen(teacher, correction.choice)
+                look = _Comparison(student, [now[index] for index in chosen])
+            look.compare(teacher, correction.choice)
             found = look.places(last, place)
             with autocast():
                 written = look.go_on(found, sampling, max_length, keep_cache=keep_cache)
@@ -123,8 +123,8 @@ def correct(
     return Corrected(now, [tuple(where) for where in places], without, tried)
 
 
-class _Look:
-    """What both models say of some sequences, and the cache of the student's reading."""
+class _Comparison:
+    """Both models at some sequences: the teacher's tokens, the divergences, and the student's cache of keys."""
 
     def __init__(self, student: LanguageModel, sequences: list[Sequence]) -> None:
         self.student, self.sequences = student, sequences
@@ -134,8 +134,8 @@ class _Look:
         self.hidden, self.cache = read.last_hidden_state, read.past_key_values
         self.width = int(self.batch.input_ids.shape[1])
 
-    def listen(self, teacher: Teacher, choice: str) -> None:
-        """Ask the teacher about the same sequences."""
+    def compare(self, teacher: Teacher, choice: str) -> None:
+        """Compare with the teacher on the same sequences."""
         gaps, choices = differences(self.hidden, self.student, teacher, self.batch, choice)
         counts = self.batch.predicts.sum(-1).tolist()
         self.gaps = [part.tolist() for part in torch.split(gaps, counts)]
@@ -162,7 +162,7 @@ class _Look:
     def go_on(
         self, found: dict[int, int], sampling: Sampling, max_length: int | None, *, keep_cache: bool
     ) -> dict[int, Sequence]:
-        """Row -> its sequence with the teacher's token at the place found, and what the student writes after it."""
+        """Row -> its sequence with the teacher's token at the place found, and the student's continuation."""
         prompts = {row: len(self.sequences[row].ids) - len(self.choices[row]) for row in found}
         heads = {
             row: (*self.sequences[row].ids[: prompts[row] + place], self.choices[row][place])
@@ -231,7 +231,7 @@ def cut(cache: Any, rows: list[int], lengths: list[int]) -> None:
     """Leave some rows in a cache, and of each its first positions, moved to the right end.
 
     They can be moved: a position is in the keys already (rotary embeddings), or in what was embedded (GPT-2, OPT), or
-    follows from the order and the mask (BLOOM); the place in the cache teacher_log_probs nothing.
+    follows from the order and the mask (BLOOM); the place in the cache has no meaning.
 
     Args:
         cache: of sequences that are padded on the right.

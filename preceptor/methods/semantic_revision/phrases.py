@@ -58,7 +58,7 @@ FUNCTION_WORDS = frozenset(
 
 
 def chunker(name: Name) -> Chunker:
-    """The chunker of that name; ``either`` is textblob, or else plain, with a warning that says so.
+    """The chunker of that name; ``either`` is textblob, or else plain, with a warning.
 
     Raises:
         UserError: textblob is wanted and not installed.

@@ -12,14 +12,14 @@ https://arxiv.org/abs/2407.10068
 * Span: within noun, verb and prepositional phrases, products of neighbouring tokens' distributions are matched
   (``losses/span_consistency.py``, ``phrases.py``).
 
-Each of the three works alone by its weight, or with ``correction.rounds``. The paper's equations and code are not
-public; those modules list what is reconstructed. Decided here beyond them:
+Each of the three is switched off by its weight, or by ``correction.rounds`` 0. The paper's equations and code are
+not public; those modules list what is reconstructed. Decided here beyond them:
 
 * A step's loss is the mean of DAC-KL over its response tokens, of cross-entropy over those of given answers (the
   student's own are distilled, not imitated), and of the span term over its pairs.
 * Whether the student answers an example itself is drawn with ``own.share``, or follows DistiLLM's adaptive schedule
   with its replay buffer, which then holds corrected samples. The held-out loss that the schedule follows has the whole
-  KL in DAC-KL's place, which f_sub moves by itself.
+  KL in DAC-KL's place, because f_sub alone can move DAC-KL.
 * f_sub has an optimizer of its own; it is part of the run's resumable state and not of the student that is saved.
 * ``clipping.mode = "off"`` gives the plain divergence ``divergence`` in DAC-KL's place.
 * K = 256 classes are considered: on SmolLM2's own samples the 64 likeliest hold less than ρ = 0.9 of the mass at a
@@ -37,7 +37,7 @@ from collections.abc import Callable, Iterable, Sequence as Listed
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -46,6 +46,7 @@ from preceptor.distillation.held_out import held_out_means
 from preceptor.distillation.lessons import Lessons, Text, prepare_together
 from preceptor.distillation.marked import MarkedBatch, MarkedSequence, Marker
 from preceptor.distillation.on_policy import OnPolicyMixer, OwnSamples
+from preceptor.distillation.pair import DISTILLM_TEXT, DISTILLM_TRAINING, load_pair
 from preceptor.distillation.teachers import Teacher
 from preceptor.engine.run import Run
 from preceptor.engine.run_folder import check_folder
@@ -63,9 +64,6 @@ from preceptor.methods.semantic_revision.examination import examine_student
 from preceptor.methods.semantic_revision.phrases import Name, chunker, phrase_marker
 from preceptor.methods.semantic_revision.scales import Scales, scales_of
 from preceptor.methods.semantic_revision.student_run import quantiles_of, start, teacher_of
-from preceptor.models.identity import same_tokenizer
-from preceptor.models.loading import load
-from preceptor.models.student import make_student
 from preceptor.report.table import Table
 
 REQUIRES = "text"
@@ -111,9 +109,9 @@ class Config:
     correction: Correction = Correction()
     """How the student's own samples are corrected."""
     own: OwnSamples = OwnSamples(share=0.5)
-    """How often the student learns on what it wrote itself."""
+    """How often the student learns on its own samples."""
     chunker: Name = "textblob"
-    """Who finds phrases: ``textblob``, ``plain`` (punctuation, function words), or ``either``, as it is installed."""
+    """What finds phrases: ``textblob``, ``plain`` (punctuation, function words), or ``either``, as it is installed."""
     squared_spans: bool = False
     """Squared norms in L_span instead of norms."""
     teacher_dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -154,56 +152,32 @@ tiny = Config(
 paper = Config(
     teacher="gpt2-xl",
     student="gpt2",
-    text=Text(source="databricks/databricks-dolly-15k", held_out=500, max_length=512, answer_length=256),
+    text=DISTILLM_TEXT,
     own=OwnSamples(adaptive=True),
     output="runs/semantic_revision/paper",
-    training=Training(
-        epochs=20,
-        batch_size=32,
-        learning_rate=5e-4,
-        weight_decay=0.01,
-        schedule="cosine",
-        clip=1.0,
-        precision="bf16",
-        evaluate_every=500,
-        save_every=500,
-    ),
+    training=DISTILLM_TRAINING,
 )
 
 
 def terms(
     config: Config, targets: SoftTargets | None, batch: MarkedBatch, f_sub: Quantiles | None, scales: Scales
 ) -> Callable[[Tensor, Head], tuple[Loss, Classes | None]]:
-    """The objective of a batch's hidden states and head, and what f_sub learns from."""
+    """The loss L of a batch as a function of the student's hidden states and head, and what f_sub learns from."""
     weights, mask = config.weights, batch.text.predicts
-    label_weight = weights.labels * scales.labels
+    labels: dict[str, Any] = {"labels": batch.labels, "label_weight": weights.labels * scales.labels}
 
-    def at(hidden: Tensor, head: Head) -> tuple[Loss, Classes | None]:
+    def loss_of(hidden: Tensor, head: Head) -> tuple[Loss, Classes | None]:
         classes = None
         if config.clipping.mode == "off" or targets is None or not weights.divergence:
+            plain = targets if weights.divergence else None
             loss = divergence(
-                hidden,
-                head,
-                targets if weights.divergence else None,
-                kind=config.divergence,
-                mask=mask,
-                labels=batch.labels,
-                weight=weights.divergence,
-                label_weight=label_weight,
+                hidden, head, plain, kind=config.divergence, mask=mask, weight=weights.divergence, **labels
             )
         else:
             loss, classes = clipped_kl(
-                hidden,
-                head,
-                targets,
-                config.clipping,
-                mask=mask,
-                targets=batch.text.labels,
-                quantiles=f_sub,
-                labels=batch.labels,
-                weight=weights.divergence,
-                label_weight=label_weight,
-            )
+                hidden, head, targets, config.clipping, mask=mask, targets=batch.text.labels, quantiles=f_sub,
+                weight=weights.divergence, **labels,
+            )  # fmt: skip
         loss = loss._replace(parts={**loss.parts, "cross_entropy": loss.parts["cross_entropy"] * scales.labels})
         if weights.spans and targets is not None:
             factor = weights.spans * scales.spans
@@ -213,7 +187,7 @@ def terms(
             loss = _with_span(loss, span, scales.spans)
         return loss, classes
 
-    return at
+    return loss_of
 
 
 def _with_span(loss: Loss, span: Loss, share: float) -> Loss:
@@ -275,12 +249,10 @@ def main(config: Config) -> Table | None:
     Raises:
         UserError: the tokenizers differ, the chunker is not installed, the folder holds another run, no text is left.
     """
-    folder = Path(config.output)
+    folder, seed = Path(config.output), config.training.seed
     check_folder(folder, config, resume=config.resume)
     chunk = chunker(config.chunker) if config.weights.spans else None
-    teacher = load(config.teacher, dtype=config.teacher_dtype)
-    student = make_student(config.student, teacher, seed=config.training.seed)
-    same_tokenizer(teacher, student)
+    teacher, student = load_pair(config.teacher, config.student, dtype=config.teacher_dtype, seed=seed)
     # Before the run begins, so that text which cannot be read leaves no run behind.
     lessons = prepare_together(config.text, teacher, config.training, folder)
     run = start(config, student, teacher)

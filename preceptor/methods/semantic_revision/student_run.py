@@ -1,4 +1,4 @@
-"""The run of one student and of its f_sub, and the teacher that it listens to."""
+"""The run of one student and of its f_sub, and the teacher of that run."""
 
 from __future__ import annotations
 
@@ -17,18 +17,12 @@ if TYPE_CHECKING:
 
 
 def start(config: Config, student: LanguageModel, teacher: LanguageModel) -> Run:
-    """The run of one student and of its f_sub, with what it rests on written down."""
+    """The run of one student and of its f_sub, which records teacher, text and tokenizer."""
     clipping = config.clipping
     learned = clipping.mode == "learned" and config.weights.divergence > 0
     f_sub = Quantiles(clipping, classes=student.vocabulary, seed=config.training.seed) if learned else None
-    pace = replace(
-        config.training,
-        optimizer="adam",
-        learning_rate=clipping.learning_rate,
-        weight_decay=0.0,
-        schedule="constant",
-        warmup=0.0,
-    )
+    pace = replace(config.training, optimizer="adam", schedule="constant", warmup=0.0)
+    pace = replace(pace, learning_rate=clipping.learning_rate, weight_decay=0.0)
     return Run(
         config.training,
         student=student,
