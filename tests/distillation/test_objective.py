@@ -31,8 +31,8 @@ def test_labels_alone_ask_no_teacher(batch):
 def test_the_temperature_scales_the_divergence(batch):
     torch.manual_seed(0)
     hidden, head, teacher = torch.randn(1, 4, 8), Head(torch.randn(6, 8)), torch.randn(1, 4, 8)
-    said = HiddenTargets(teacher[0, 1:3], head)
-    loss = Objective(temperature=2.0, weight=3.0).against(said, batch)(hidden, head)
+    targets = HiddenTargets(teacher[0, 1:3], head)
+    loss = Objective(temperature=2.0, weight=3.0).against(targets, batch)(hidden, head)
     p, q = ((states[0, 1:3] @ head.weight.T / 2).log_softmax(-1) for states in (teacher, hidden))
     assert float(loss.sum) == pytest.approx(float(3 * 4 * (p.exp() * (p - q)).sum()), rel=1e-4)
 

@@ -24,25 +24,25 @@ def probabilities(targets, batch):
     return logits.float().softmax(-1)
 
 
-def test_a_frozen_teacher_says_its_own_distribution_without_a_graph_or_a_change():
+def test_a_frozen_teacher_gives_its_own_distribution_without_a_graph_or_a_change():
     model = tiny().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     batch = batch_of(8, 5)
-    said = FrozenTeacher(model)(batch)
-    assert said.hidden.shape == (2, 8, model.width)
-    assert not said.hidden.requires_grad
-    assert not said.head.weight.requires_grad
+    targets = FrozenTeacher(model)(batch)
+    assert targets.hidden.shape == (2, 8, model.width)
+    assert not targets.hidden.requires_grad
+    assert not targets.head.weight.requires_grad
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
     assert not model.training
     with torch.no_grad():
         expected = model.model(batch.input_ids).logits[batch.predicts].softmax(-1)
-    torch.testing.assert_close(probabilities(said, batch), expected)
+    torch.testing.assert_close(probabilities(targets, batch), expected)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_a_frozen_teacher_keeps_its_own_precision():
-    said = FrozenTeacher(tiny().bfloat16())(batch_of(6))
-    assert said.hidden.dtype == said.head.weight.dtype == torch.bfloat16
+    targets = FrozenTeacher(tiny().bfloat16())(batch_of(6))
+    assert targets.hidden.dtype == targets.head.weight.dtype == torch.bfloat16
 
 
 def test_a_teacher_that_the_student_shares_is_refused():
@@ -62,10 +62,10 @@ def test_the_base_under_an_adapter_teaches_and_the_adapter_goes_on_learning():
                 parameter.normal_()
     batch = batch_of(7, 4)
     trainable = [name for name, parameter in student.named_parameters() if parameter.requires_grad]
-    said = AdapterOff(student)(batch)
-    torch.testing.assert_close(said.hidden, FrozenTeacher(base)(batch).hidden)
+    targets = AdapterOff(student)(batch)
+    torch.testing.assert_close(targets.hidden, FrozenTeacher(base)(batch).hidden)
     with torch.no_grad():
-        assert (student(batch) - said.hidden).abs().max() > 0.05
+        assert (student(batch) - targets.hidden).abs().max() > 0.05
     assert [name for name, parameter in student.named_parameters() if parameter.requires_grad] == trainable
     assert student.training
     student(batch).sum().backward()
@@ -81,8 +81,8 @@ class Store:
     """Targets by the content of a sequence, as a cache keeps them."""
 
     def __init__(self, teacher, batch):
-        said = teacher(batch)
-        ids = project(said.hidden, said.head).topk(3).indices
+        targets = teacher(batch)
+        ids = project(targets.hidden, targets.head).topk(3).indices
         self.kept = {}
         for row, sequence in enumerate(batch.sequences()):
             self.kept[sequence_key(sequence)] = ids[row][batch.predicts[row]]
@@ -95,8 +95,8 @@ class Store:
 def test_a_cached_teacher_finds_rows_by_content_however_sequences_are_batched():
     teacher, batch = FrozenTeacher(tiny()), batch_of(9, 5, 7)
     cached = CachedTeacher(Store(teacher, batch))
-    said = teacher(batch)
-    expected = project(said.hidden, said.head).topk(3).indices
+    targets = teacher(batch)
+    expected = project(targets.hidden, targets.head).topk(3).indices
     order = [2, 0, 1]
     shuffled = type(batch)(batch.input_ids[order], batch.attention_mask[order], batch.response[order])
     assert torch.equal(cached(batch).ids, expected[batch.predicts])
@@ -109,8 +109,8 @@ def test_an_ensemble_is_the_weighted_mean_of_probabilities_however_chunked(chunk
     one, two, batch = FrozenTeacher(tiny(seed=1)), FrozenTeacher(tiny(seed=2, rows=272)), batch_of(8, 5)
 
     def dense(batch):
-        said = two(batch)
-        return LogitTargets(project(said.hidden, said.head))
+        targets = two(batch)
+        return LogitTargets(project(targets.hidden, targets.head))
 
     mean = Ensemble([one, dense], weights=[3, 1])(batch)
     assert mean.logits.shape == (int(batch.predicts.sum()), 260)
@@ -187,7 +187,7 @@ def test_a_momentum_teacher_is_taken_up_again_from_its_state():
 
 
 @pytest.mark.parametrize("limit", [1 << 20, 300, 0])
-def test_a_memoised_teacher_says_what_the_teacher_says(limit):
+def test_a_memoised_teacher_gives_what_the_teacher_gives(limit):
     model = symbol_model(8, longest=8, seed=0)
     asked = []
 

@@ -1,4 +1,4 @@
-"""What is GKD's own: its objective, its special cases, its teachers, its door."""
+"""GKD: its objective, its special cases, its teachers, the settings that it refuses."""
 
 import json
 from dataclasses import replace
@@ -40,12 +40,21 @@ def sequences(count, seed=0):
     return made
 
 
-def run(tmp_path, tokenizer, config, said=None, seed=1):
+def run(tmp_path, tokenizer, config, teacher=None, seed=1):
     student = small(tokenizer, seed)
     lessons = Lessons(sequences(16), sequences(4, seed=9), [])
     engine = Run(config.training, student=student, folder=tmp_path / "run", config=config)
-    teach(engine, student, said, lessons, config)
+    teach(engine, student, teacher, lessons, config)
     return student
+
+
+def on_disk(tmp_path, tokenizer, count, config):
+    """The config with a small teacher and text of ``count`` examples, both saved in ``tmp_path``."""
+    small(tokenizer, 2).save(tmp_path / "teacher")
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"Say {n}.", "completion": f"{n}!"}) + "\n" for n in range(count)))
+    text = replace(config.text, source=str(data))
+    return replace(config, teacher=str(tmp_path / "teacher"), teacher_dtype="float32", text=text)
 
 
 def dense(student, teacher, batch):
@@ -119,8 +128,8 @@ def test_the_adaptive_schedule_sees_the_held_out_loss(tmp_path, tokenizer):
 
 
 def test_a_memoised_teacher_repeats_the_teacher_and_the_control_does_not(tokenizer):
-    teacher, told = small(tokenizer, 2), sequences(6)
-    memoised, batch = MemoisedTeacher(FrozenTeacher(teacher), told), collate(told[2:5], pad_id=2)
+    teacher, read = small(tokenizer, 2), sequences(6)
+    memoised, batch = MemoisedTeacher(FrozenTeacher(teacher), read), collate(read[2:5], pad_id=2)
     live: HiddenTargets = FrozenTeacher(teacher)(batch)
     assert torch.allclose(memoised(batch).hidden, live.hidden[batch.predicts], atol=1e-5)
     torch.manual_seed(0)
@@ -153,22 +162,16 @@ def test_own_samples_are_no_labels(tmp_path, tokenizer):
         Config(own=OwnSamples(share=1.0), objective=Objective(weight=0.0, label_weight=1.0))
 
 
+@pytest.mark.slow
 def test_a_cache_of_the_lessons_teaches_as_the_teacher_does(tmp_path, tokenizer, capsys):
-    """What is missing is said with the command that captures it; after that command the run goes through."""
-    small(tokenizer, 2).save(tmp_path / "teacher")
-    data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps({"prompt": f"Say {n}.", "completion": f"{n}!"}) + "\n" for n in range(40)))
+    """The error names the command that captures what is missing; after that command the run goes through."""
     config = Config(
-        teacher=str(tmp_path / "teacher"),
-        student="teacher:layers=1",
-        teacher_dtype="float32",
-        text=Text(source=str(data), held_out=4),
-        output=str(tmp_path / "online"),
-        training=TRAINING,
+        student="teacher:layers=1", text=Text(held_out=4), output=str(tmp_path / "online"), training=TRAINING
     )
+    config = on_disk(tmp_path, tokenizer, 40, config)
     main(config)
     folder = str(tmp_path / "cache")
-    words = ["cache", "--data", str(data), "--output", folder, "--teacher", config.teacher, "--sample", "64"]
+    words = ["cache", "--data", config.text.source, "--output", folder, "--teacher", config.teacher, "--sample", "64"]
     assert cli.main([*words, "--limit", "30", "--tolerance", "1e-7"]) == 0
     cached = replace(config, output=str(tmp_path / "cached"), cache=folder)
     with pytest.raises(UserError, match="is of the teacher .*teacher, not of smollm2: name that one"):
@@ -185,21 +188,12 @@ def test_a_cache_of_the_lessons_teaches_as_the_teacher_does(tmp_path, tokenizer,
     assert losses[1] == pytest.approx(losses[0], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_lora_student_is_taught_by_its_own_base(tmp_path, tokenizer):
     """Its divergence from the teacher is 0 until labels have moved it, and the base stays as it was."""
-    small(tokenizer, 2).save(tmp_path / "teacher")
-    data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps({"prompt": f"Say {n}.", "completion": f"{n}!"}) + "\n" for n in range(8)))
-    config = Config(
-        teacher=str(tmp_path / "teacher"),
-        student="lora:rank=2",
-        teacher_dtype="float32",
-        text=Text(source=str(data), held_out=2),
-        objective=Objective(label_weight=0.5),
-        output=str(tmp_path / "run"),
-        training=TRAINING,
-    )
-    table = main(config)
+    learned = Objective(label_weight=0.5)
+    config = Config(student="lora:rank=2", text=Text(held_out=2), objective=learned, training=TRAINING)
+    table = main(on_disk(tmp_path, tokenizer, 8, replace(config, output=str(tmp_path / "run"))))
     seen = lines(tmp_path)
     assert abs(seen[0]["divergence"]) < 1e-6
     assert seen[-1]["divergence"] > 1e-6
@@ -214,22 +208,15 @@ def test_a_lora_student_is_taught_by_its_own_base(tmp_path, tokenizer):
 WATCHED = replace(TRAINING, steps=30, evaluate_every=2)
 
 
-def test_a_watched_run_says_where_it_left_its_power_law(tmp_path, tokenizer, monkeypatch):
-    """The held-out loss is replaced by a power law that is left from step 20 on."""
+@pytest.mark.parametrize("watch", [True, False])
+def test_a_watched_run_logs_where_it_left_its_power_law(tmp_path, tokenizer, monkeypatch, watch):
+    """The held-out loss is replaced by a power law that is left from step 20 on; an unwatched run logs nothing."""
     losses = (step**-0.5 * (2 if step >= 20 else 1 + step % 4 / 1000) for step in range(2, 31, 2))
     monkeypatch.setattr("preceptor.methods.gkd.recipe.held_out_loss", lambda *_, **__: next(losses))
-    config = Config(training=WATCHED, watch_hacking=True, output=str(tmp_path / "run"))
+    config = Config(training=WATCHED, watch_hacking=watch, output=str(tmp_path / "run"))
     watcher, _ = watched(tmp_path, tokenizer, config)
     assert watcher.verdict.flagged == 20
-    assert marked(tmp_path) == [(24, 20), (26, 20), (28, 20), (30, 20)]
-
-
-def test_an_unwatched_run_marks_nothing(tmp_path, tokenizer, monkeypatch):
-    losses = (step**-0.5 * (2 if step >= 20 else 1 + step % 4 / 1000) for step in range(2, 31, 2))
-    monkeypatch.setattr("preceptor.methods.gkd.recipe.held_out_loss", lambda *_, **__: next(losses))
-    watcher, _ = watched(tmp_path, tokenizer, Config(training=WATCHED, output=str(tmp_path / "run")))
-    assert watcher.verdict.flagged == 20
-    assert not marked(tmp_path)
+    assert marked(tmp_path) == ([(24, 20), (26, 20), (28, 20), (30, 20)] if watch else [])
 
 
 def test_a_run_that_turns_out_too_short_has_no_verdict(tmp_path, tokenizer):
@@ -246,28 +233,25 @@ def test_a_run_too_short_to_be_watched_is_refused():
         Config(training=replace(WATCHED, steps=8), watch_hacking=True)
 
 
-def test_a_watched_run_with_a_labels_arm_goes_through_and_says_its_verdict(tmp_path, tokenizer, capsys):
-    small(tokenizer, 2).save(tmp_path / "teacher")
-    data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps({"prompt": f"Say {n}.", "completion": f"{n}!"}) + "\n" for n in range(12)))
+@pytest.mark.slow
+def test_a_watched_run_with_a_labels_arm_goes_through_and_prints_its_verdict(tmp_path, tokenizer, capsys):
     config = Config(
-        teacher=str(tmp_path / "teacher"),
         student="teacher:layers=1",
-        teacher_dtype="float32",
-        text=Text(source=str(data), held_out=2, answer_length=4),
+        text=Text(held_out=2, answer_length=4),
         labels_arm=True,
         watch_hacking=True,
         output=str(tmp_path / "run"),
         training=replace(TRAINING, steps=18, evaluate_every=2),
     )
+    config = on_disk(tmp_path, tokenizer, 12, config)
     table = main(config)
     assert table is not None
     assert LABELS_ONLY in table.columns
-    told = capsys.readouterr().out
-    assert "its power law" in told
+    printed = capsys.readouterr().out
+    assert "its power law" in printed
     assert (tmp_path / "run" / "pictures" / "hacking.png").is_file()
     main(replace(config, resume=True))
-    assert next(line for line in told.splitlines() if "power law" in line) in capsys.readouterr().out
+    assert next(line for line in printed.splitlines() if "power law" in line) in capsys.readouterr().out
 
 
 def test_the_watch_of_a_stopped_run_goes_on(tmp_path, tokenizer, monkeypatch):
@@ -290,9 +274,9 @@ def test_the_watch_of_a_stopped_run_goes_on(tmp_path, tokenizer, monkeypatch):
 
 def watched(tmp_path, tokenizer, config):
     student, lessons = small(tokenizer, 1), Lessons(sequences(16), sequences(4, seed=9), [])
-    said = FrozenTeacher(small(tokenizer, 0))
+    teacher = FrozenTeacher(small(tokenizer, 0))
     engine = Run(config.training, student=student, folder=tmp_path / "run", config=config, resume=config.resume)
-    return teach(engine, student, said, lessons, config), engine
+    return teach(engine, student, teacher, lessons, config), engine
 
 
 def lines(tmp_path):
@@ -314,11 +298,12 @@ def marked(tmp_path):
 )
 def test_a_watch_without_a_constant_rate_or_checkpoints_is_refused(words, capsys):
     assert cli.main(["run", "gkd", "--watch-hacking", *words]) == 2
-    told = capsys.readouterr().err
-    assert "training.schedule" in told
-    assert told.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert "training.schedule" in printed
+    assert printed.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_text_that_cannot_be_read_leaves_no_run_behind(tmp_path, capsys):
     output, words = tmp_path / "run", ["run", "gkd", "--tiny", "--output", str(tmp_path / "run")]
     assert cli.main([*words, "--text.source", str(tmp_path / "missing.jsonl")]) == 2

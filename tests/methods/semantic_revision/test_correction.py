@@ -164,7 +164,7 @@ def test_a_cut_cache_writes_what_reading_the_prefix_again_writes(temperature):
     assert results[0] == results[1]
 
 
-def test_what_follows_the_correction_is_what_the_student_says_there():
+def test_after_the_correction_the_student_continues():
     student, teacher = llama(1), llama(2)
     sequences = written(student)
     done = correct(student, FrozenTeacher(teacher), sequences, Correction(), length=10, temperature=0.0)
@@ -290,12 +290,12 @@ def test_a_random_place_is_a_candidate_too():
     done = correct(student, FrozenTeacher(teacher), sequences, Correction(), length=10, place="random")
     batch = collate(sequences[:7], END)
     with torch.no_grad():
-        _, said = differences(student(batch), student, FrozenTeacher(teacher), batch)
-    said = torch.split(said, batch.predicts.sum(-1).tolist())
+        _, choices = differences(student(batch), student, FrozenTeacher(teacher), batch)
+    choices = torch.split(choices, batch.predicts.sum(-1).tolist())
     chosen = [set() for _ in range(7)]
     for index, (sequence, places) in enumerate(zip(sequences, done.places)):
         answer = sequence.ids[len(sequence.prompt) :]
-        assert answer[places[0]] != int(said[index % 7][places[0]])
+        assert answer[places[0]] != int(choices[index % 7][places[0]])
         chosen[index % 7].add(places[0])
     assert max(map(len, chosen)) > 1
 

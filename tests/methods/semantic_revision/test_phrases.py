@@ -54,7 +54,7 @@ def test_the_plain_chunker_splits_at_punctuation_and_function_words():
     assert words(plain_phrases("One line\nanother line"), "One line\nanother line") == ["One line", "another line"]
 
 
-def test_a_missing_chunker_is_said_and_replaced_where_that_is_allowed(monkeypatch):
+def test_a_missing_chunker_is_reported_and_replaced_where_that_is_allowed(monkeypatch):
     monkeypatch.setattr(chunks.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r'pip install "preceptor\[phrases\]", or choose the chunker "plain"'):
         chunker("textblob")
@@ -71,8 +71,8 @@ def test_a_missing_chunker_is_said_and_replaced_where_that_is_allowed(monkeypatc
 def test_the_characters_of_byte_level_tokens(tokenizer, text):
     """As the tokenizer itself says it when it encodes; what a token shares of a character it has."""
     encoded = tokenizer(text, return_offsets_mapping=True)
-    said, spans = token_characters(encoded["input_ids"], tokenizer)
-    assert said == text
+    decoded, spans = token_characters(encoded["input_ids"], tokenizer)
+    assert decoded == text
     for (start, end), (first, last) in zip(spans, encoded["offset_mapping"]):
         # The tokenizer leaves out the space before a word.
         assert (start, end) == (first, last) or (end == last and text[start:first].isspace())

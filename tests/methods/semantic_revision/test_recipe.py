@@ -1,4 +1,4 @@
-"""What is semantic revision's own: its three terms, each alone; f_sub, in the run and not in the student; its door."""
+"""Semantic revision: its three terms, each alone; f_sub, in the run and not in the student; refused settings."""
 
 import json
 import math
@@ -59,12 +59,12 @@ def sequences(tokenizer, count=12):
 
 
 def taught(folder, tokenizer, config, *, student=1, teacher=2):
-    learner, said = small(tokenizer, student), small(tokenizer, teacher)
+    learner, model = small(tokenizer, student), small(tokenizer, teacher)
     config = replace(config, output=str(folder), text=TEXT)
-    run = start(config, learner, said)
+    run = start(config, learner, model)
     needs = config.weights.divergence or config.weights.spans
     lessons = Lessons(sequences(tokenizer), sequences(tokenizer, 4), [])
-    teach(run, phrase_marker(learner, plain_phrases), FrozenTeacher(said) if needs else None, lessons, config)
+    teach(run, phrase_marker(learner, plain_phrases), FrozenTeacher(model) if needs else None, lessons, config)
     return learner
 
 
@@ -121,7 +121,7 @@ def test_each_term_alone_is_learned(tmp_path, tokenizer, terms_of, part):
 
 
 @pytest.mark.parametrize("clipping", [Clipping(), Clipping(mode="fixed", upper=0.9), OFF])
-def test_everything_together_runs_in_each_mode_and_says_what_it_did(tmp_path, tokenizer, clipping):
+def test_everything_together_runs_in_each_mode_and_logs_its_measures(tmp_path, tokenizer, clipping):
     config = Config(clipping=clipping, own=OwnSamples(share=1.0), correction=Correction(rounds=2), training=SHORT)
     taught(tmp_path / "run", tokenizer, config)
     line = lines(tmp_path / "run")[-1]
@@ -156,6 +156,7 @@ def rises(own, loss):
     own.threshold = 0.5
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_as_one_that_was_never_stopped(tmp_path, tokenizer, monkeypatch):
     """Bit by bit: student, f_sub, its optimizer, the replay buffer and the draws."""
     monkeypatch.setattr(OnPolicyMixer, "see", rises)
@@ -166,7 +167,7 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(tmp_path, tokenizer, m
     folder, asked = tmp_path / "halved", 0
     halved = replace(config, output=str(folder), text=TEXT)
     lessons = Lessons(sequences(tokenizer), sequences(tokenizer, 4), [])
-    learner, said = small(tokenizer, 1), FrozenTeacher(small(tokenizer, 2))
+    learner, teacher = small(tokenizer, 1), FrozenTeacher(small(tokenizer, 2))
     run = start(halved, learner, learner)
 
     def tires(batch):
@@ -174,7 +175,7 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(tmp_path, tokenizer, m
         asked += 1
         if asked > 16:
             raise InterruptedError
-        return said(batch)
+        return teacher(batch)
 
     with pytest.raises(InterruptedError):
         teach(run, phrase_marker(learner, plain_phrases), tires, lessons, halved)
@@ -182,7 +183,7 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(tmp_path, tokenizer, m
     run = start(replace(halved, resume=True), again, again)
     assert 0 < run.step < 9
     monkeypatch.setattr(OnPolicyMixer, "load_state_dict", seen_by(OnPolicyMixer.load_state_dict, taken_up := []))
-    teach(run, phrase_marker(again, plain_phrases), said, lessons, halved)
+    teach(run, phrase_marker(again, plain_phrases), teacher, lessons, halved)
     assert taken_up[0].buffer
     assert all(torch.equal(one, other) for one, other in zip(whole.parameters(), again.parameters(), strict=True))
     files = [weights(max((run / "checkpoints").iterdir())) for run in (tmp_path / "whole", folder)]
@@ -223,11 +224,11 @@ def test_a_step_without_a_span_has_none_of_its_loss(tmp_path, tokenizer):
     def nothing(text):
         return []
 
-    student, said = small(tokenizer, 1), small(tokenizer, 2)
+    student, teacher = small(tokenizer, 1), small(tokenizer, 2)
     config = Config(own=OwnSamples(), training=replace(SHORT, steps=2), output=str(tmp_path / "run"), text=TEXT)
-    run = start(config, student, said)
+    run = start(config, student, teacher)
     lessons = Lessons(sequences(tokenizer), sequences(tokenizer, 4), [])
-    teach(run, phrase_marker(student, nothing), FrozenTeacher(said), lessons, config)
+    teach(run, phrase_marker(student, nothing), FrozenTeacher(teacher), lessons, config)
     assert [line["span"] for line in lines(tmp_path / "run")] == [0.0, 0.0]
 
 
@@ -258,12 +259,14 @@ def test_terms_are_logged_as_means_whatever_the_share(tmp_path, tokenizer):
 def test_the_span_is_a_mean_over_pairs(tmp_path, tokenizer):
     training = replace(SHORT, learning_rate=1e-9, steps=1, batch_size=12)
     config = Config(weights=Weights(0.0, 0.0, 1.0), own=OwnSamples(), training=training)
-    student, said = taught(tmp_path / "run", tokenizer, config), small(tokenizer, 2)
+    student, teacher = taught(tmp_path / "run", tokenizer, config), small(tokenizer, 2)
     marker = phrase_marker(student, plain_phrases)
     read = sequences(tokenizer)
     batch = marker.collate(marker.mark(read, given=read))
     with torch.no_grad():
-        p, q = (model.causal(batch.text.input_ids).logits[batch.text.predicts].softmax(-1) for model in (said, student))
+        p, q = (
+            model.causal(batch.text.input_ids).logits[batch.text.predicts].softmax(-1) for model in (teacher, student)
+        )
     spans = [(p[i] * p[i + 1] - q[i] * q[i + 1]).norm() for i in batch.pairs.tolist()]
     assert lines(tmp_path / "run")[0]["loss"] == pytest.approx(float(sum(spans) / len(spans)), rel=1e-3)
 
@@ -272,14 +275,14 @@ def test_the_span_is_a_mean_over_pairs(tmp_path, tokenizer):
 def test_the_held_out_loss_has_the_whole_divergence(tmp_path, tokenizer, weights_of):
     """It does not move with f_sub, which shapes the loss that is minimised."""
     config = Config(weights=weights_of, own=OwnSamples(), training=SHORT, output=str(tmp_path / "run"), text=TEXT)
-    student, said, exam = small(tokenizer, 1), FrozenTeacher(small(tokenizer, 2)), sequences(tokenizer, 4)
+    student, teacher, exam = small(tokenizer, 1), FrozenTeacher(small(tokenizer, 2)), sequences(tokenizer, 4)
     run, marker = start(config, student, small(tokenizer, 2)), phrase_marker(student, plain_phrases)
-    first = loss_of_exam(run, said, exam, marker, config)
+    first = loss_of_exam(run, teacher, exam, marker, config)
     with torch.no_grad():
         for parameter in run.modules["f_sub"].parameters():
             parameter.fill_(0.3)
-    assert loss_of_exam(run, said, exam, marker, config) == pytest.approx(first, abs=1e-5)
-    plain = loss_of_exam(run, said, exam, marker, replace(config, clipping=OFF))
+    assert loss_of_exam(run, teacher, exam, marker, config) == pytest.approx(first, abs=1e-5)
+    plain = loss_of_exam(run, teacher, exam, marker, replace(config, clipping=OFF))
     assert first == pytest.approx(plain, abs=1e-4)
     labels = replace(config, weights=Weights(1.0, 0.0, 0.0))
     batch = collate(exam, student.pad_id)
@@ -291,19 +294,19 @@ def test_the_held_out_loss_has_the_whole_divergence(tmp_path, tokenizer, weights
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_f_sub_has_moved(tmp_path, tokenizer):
     config = Config(own=OwnSamples(), training=SHORT, output=str(tmp_path / "run"), text=TEXT)
-    student, said = small(tokenizer, 1), small(tokenizer, 2)
-    run = start(config, student, said)
+    student, teacher = small(tokenizer, 1), small(tokenizer, 2)
+    run = start(config, student, teacher)
     before = [parameter.clone() for parameter in run.modules["f_sub"].parameters()]
     with torch.no_grad():
         student.head.weight[0, 0] = torch.nan
     lessons = Lessons(sequences(tokenizer), sequences(tokenizer, 4), [])
     with pytest.raises(NonFiniteLoss, match="The student's loss is nan at step 1"):
-        teach(run, phrase_marker(student, plain_phrases), FrozenTeacher(said), lessons, config)
+        teach(run, phrase_marker(student, plain_phrases), FrozenTeacher(teacher), lessons, config)
     assert all(torch.equal(old, new) for old, new in zip(before, run.modules["f_sub"].parameters(), strict=True))
 
 
 def test_a_student_taught_in_half_precision_is_evaluated_in_full(tmp_path, tokenizer):
-    """In memory it says what it says once it is saved and loaded, bit by bit."""
+    """In memory its outputs are those of the saved and loaded student, bit by bit."""
     config = Config(own=OwnSamples(share=0.5), training=replace(SHORT, precision="bf16"))
     student = taught(tmp_path / "run", tokenizer, config).eval()
     student.save(tmp_path / "student")
@@ -314,16 +317,16 @@ def test_a_student_taught_in_half_precision_is_evaluated_in_full(tmp_path, token
 
 def test_a_float32_teacher_chooses_in_float32_while_the_student_learns_in_bf16(tmp_path, tokenizer):
     seen = []
-    said = FrozenTeacher(small(tokenizer, 2))
+    teacher = FrozenTeacher(small(tokenizer, 2))
 
-    def listens(batch):
+    def observed(batch):
         seen.append(torch.is_autocast_enabled("cpu"))
-        return said(batch)
+        return teacher(batch)
 
     config = Config(own=OwnSamples(share=1.0), training=replace(SHORT, steps=2, precision="bf16"), text=TEXT)
     student, config = small(tokenizer, 1), replace(config, output=str(tmp_path / "run"))
     lessons = Lessons(sequences(tokenizer), sequences(tokenizer, 4), [])
-    teach(start(config, student, student), phrase_marker(student, plain_phrases), listens, lessons, config)
+    teach(start(config, student, student), phrase_marker(student, plain_phrases), observed, lessons, config)
     assert len(seen) == 4
     assert not any(seen)
 
@@ -349,7 +352,7 @@ def test_weights_that_leave_nothing_are_refused():
             Weights(wrong)
 
 
-def test_a_missing_chunker_is_said_before_anything_is_loaded(tmp_path, monkeypatch):
+def test_a_missing_chunker_is_reported_before_anything_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr("preceptor.methods.semantic_revision.phrases.importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="textblob"):
         main(Config(teacher="nowhere", output=str(tmp_path / "run")))
