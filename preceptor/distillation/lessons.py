@@ -114,7 +114,7 @@ def prepare_together(text: Text, teacher: LanguageModel, training: Training, fol
 
 
 def recorded(source: str) -> list[Sequence]:
-    """All sequences of a ``lessons.jsonl``, as a run has written it; none of any other data."""
+    """All sequences of a ``lessons.jsonl``, as a run has written it; empty for any other data."""
     path = Path(source)
     if path.name != "lessons.jsonl" or not path.is_file():
         return []

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from preceptor.data.sequences import Batch
-from preceptor.distillation.teachers import _say
+from preceptor.distillation.teachers import hidden_targets
 from preceptor.errors import UserError
 from preceptor.knowledge import HiddenTargets
 
@@ -41,7 +41,7 @@ class MomentumTeacher:
     @torch.no_grad()
     def __call__(self, batch: Batch) -> HiddenTargets:
         """Last hidden states (B, T, width) of the averaged language model, and its head."""
-        targets: HiddenTargets = self.model(batch, _say)
+        targets: HiddenTargets = self.model(batch, hidden_targets)
         return targets
 
     @torch.no_grad()
@@ -60,7 +60,7 @@ class MomentumTeacher:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what ``state_dict`` gave."""
+        """Restore what ``state_dict`` returned."""
         for name, tensor in self.state_dict().items():
             tensor.copy_(state[name])
 

@@ -46,7 +46,7 @@ class StoredTargets(Protocol):
 class FrozenTeacher:
     """A language model that is no longer trained. Its parameters are frozen here, for good.
 
-    It speaks in its own precision: hand it a bfloat16 model to halve its memory.
+    It computes in its own precision: give it a bfloat16 model to halve its memory.
     """
 
     def __init__(self, model: LanguageModel) -> None:
@@ -65,7 +65,7 @@ class FrozenTeacher:
                 "A parameter of the teacher is trainable: the teacher and the student must not share a model."
             )
         with in_evaluation(self.model):
-            targets: HiddenTargets = self.model(batch, _say)
+            targets: HiddenTargets = self.model(batch, hidden_targets)
         return targets
 
 
@@ -86,7 +86,7 @@ class AdapterOff:
     def __call__(self, batch: Batch) -> HiddenTargets:
         """Last hidden states (B, T, width) of the base model, and its head."""
         with in_evaluation(self.student), self.student.model.disable_adapter():  # type: ignore[operator]
-            targets: HiddenTargets = self.student(batch, _say)
+            targets: HiddenTargets = self.student(batch, hidden_targets)
         return targets
 
 
@@ -165,7 +165,7 @@ class Ensemble:
 
 
 def answer_online(run: Run, teacher: LanguageModel, student: LanguageModel, spec: str) -> AdapterOff | FrozenTeacher:
-    """Who answers at every step: the student's own base where its ``spec`` adapts the teacher itself, else the teacher.
+    """The teacher of every step: the student's own base where its ``spec`` adapts the teacher itself, else the teacher.
 
     The teacher lies in shards where the run's student does.
     """
@@ -176,7 +176,8 @@ def answer_online(run: Run, teacher: LanguageModel, student: LanguageModel, spec
     return targets
 
 
-def _say(hidden: Tensor, head: Head) -> HiddenTargets:
+def hidden_targets(hidden: Tensor, head: Head) -> HiddenTargets:
+    """Targets of a model's last hidden states and its head, which gets no gradient."""
     return HiddenTargets(hidden, replace(head, weight=head.weight.detach()))
 
 

@@ -1,4 +1,4 @@
-"""The student's samples of a step, corrected, and what a step logs of that."""
+"""Correction of the student's samples in a step, and the rates that the step logs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def revise(
     run: Run, marker: Marker, teacher: Teacher | None, config: Config, seen: list[Corrected], written: list[Sequence]
 ) -> list[Sequence]:
-    """The student's samples, corrected; what was found is put into ``seen``."""
+    """The student's samples, corrected; the record is appended to ``seen``."""
     if teacher is None or not config.correction.rounds:
         return written
     text = config.text
@@ -36,7 +36,7 @@ def revise(
 
 
 def corrections_of(seen: list[Corrected]) -> dict[str, float]:
-    """Corrections a sample of the student, and the share of looks that found no candidate."""
+    """Corrections per sample of the student, and the share of looks that found no candidate."""
     if not seen:
         return {}
     corrected = sum(len(places) for done in seen for places in done.places) / sum(len(done.places) for done in seen)
