@@ -30,6 +30,7 @@ from preceptor.cache.soft import TopKCodec, level_of, topk_targets
 from preceptor.cache.sparse import SparseCodec, SparseRows, fit_sparse
 from preceptor.cache.store import Appender, Finished, pack
 from preceptor.data.sequences import Sequence, sequence_key
+from preceptor.data.tokenizer import Tokenizer
 from preceptor.errors import UserError
 from preceptor.knowledge import Head, TopKTargets
 from preceptor.models.identity import template_hash, tokenizer_hash
@@ -108,7 +109,7 @@ def import_distillkit(
     captured: str | Path,
     folder: str | Path,
     *,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     teacher: str,
     max_length: int,
     sequences: Listed[Sequence] | None = None,
@@ -204,7 +205,7 @@ def _as_rows(targets: TopKTargets, vocabulary: int) -> SparseRows:
 
 def _write(
     target: Path, codec: TopKCodec | None, waiting: list[tuple[Sequence, SparseRows, TopKTargets]],
-    form: CompressionFormat, tokenizer: Any, teacher: str, max_length: int,
+    form: CompressionFormat, tokenizer: Tokenizer, teacher: str, max_length: int,
 ) -> TopKCodec:  # fmt: skip
     vocabulary = 1 + max(tokenizer.get_vocab().values())
     if codec is None:

@@ -10,6 +10,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from preceptor.cache.codecs import Codec, Kind, codebook, codec_from, kind_of
+from preceptor.data.tokenizer import Tokenizer
 from preceptor.errors import UserError
 from preceptor.files import write_whole
 from preceptor.knowledge import Head
@@ -87,7 +88,7 @@ class Header:
             raise UserError(f"{path} is not of cache format {VERSION}: capture the cache again with this version.")
         return Header(**content)
 
-    def check_tokenizer(self, tokenizer: Any) -> None:
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Refuse another tokenizer or chat template.
 
         Raises:

@@ -14,6 +14,7 @@ from preceptor.cache.codecs import Codec, decode
 from preceptor.cache.header import Header, load
 from preceptor.cache.store import Shelf, unpack
 from preceptor.data.sequences import Batch, Sequence, sequence_key
+from preceptor.data.tokenizer import Tokenizer
 from preceptor.errors import UserError
 from preceptor.knowledge import Head, SoftTargets, moved
 from preceptor.models.language_model import LanguageModel
@@ -42,7 +43,7 @@ class Cache:
         return self
 
     @staticmethod
-    def open(folder: str | Path, *, tokenizer: Any = None, teacher: LanguageModel | None = None) -> Cache:
+    def open(folder: str | Path, *, tokenizer: Tokenizer | None = None, teacher: LanguageModel | None = None) -> Cache:
         """The cache in a folder; what is already there can be read while a capture goes on.
 
         Args:

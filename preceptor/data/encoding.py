@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence as Listed
-from typing import Any
 
 from preceptor.data.readers import Example, Message
 from preceptor.data.sequences import Sequence
+from preceptor.data.tokenizer import Tokenizer
 from preceptor.errors import UserError
 
 PLAIN_TEMPLATE = (
@@ -24,7 +24,7 @@ PLAIN_TEMPLATE = (
 )
 
 
-def encode(examples: Iterable[Example], tokenizer: Any, *, max_length: int) -> list[Sequence]:
+def encode(examples: Iterable[Example], tokenizer: Tokenizer, *, max_length: int) -> list[Sequence]:
     """Token sequences of examples, with response masks.
 
     Chat examples are rendered with the tokenizer's own template (``PLAIN_TEMPLATE`` where it has none); each assistant
@@ -62,12 +62,12 @@ def encode(examples: Iterable[Example], tokenizer: Any, *, max_length: int) -> l
     return kept
 
 
-def encode_prompt(messages: Listed[Message], tokenizer: Any) -> tuple[int, ...]:
+def encode_prompt(messages: Listed[Message], tokenizer: Tokenizer) -> tuple[int, ...]:
     """The ids of a conversation up to where the assistant begins to speak."""
     return tuple(_ids(render(messages, tokenizer, speak=True), tokenizer))
 
 
-def render(messages: Listed[Message], tokenizer: Any, *, speak: bool = False) -> str:
+def render(messages: Listed[Message], tokenizer: Tokenizer, *, speak: bool = False) -> str:
     """The text of a conversation under the chat template; with ``speak``, up to where the assistant begins.
 
     Raises:
@@ -90,7 +90,7 @@ def _answered(example: Example) -> bool:
     return bool(example.text) or any(message["role"] == "assistant" for message in example.messages[1:])
 
 
-def _tokenize_all(example: Example, tokenizer: Any) -> Sequence:
+def _tokenize_all(example: Example, tokenizer: Tokenizer) -> Sequence:
     if not example.messages:
         ids = tokenizer(example.text)["input_ids"]
         return Sequence(tuple(ids), tuple(place > 0 for place in range(len(ids))))
@@ -102,7 +102,7 @@ def _tokenize_all(example: Example, tokenizer: Any) -> Sequence:
     return Sequence(ids, response)
 
 
-def _split(text: str, places: list[int], tokenizer: Any) -> list[list[int]]:
+def _split(text: str, places: list[int], tokenizer: Tokenizer) -> list[list[int]]:
     """The ids of the text up to the last place, split at the places.
 
     A token must not reach over a place: what a model reads as its prompt when it answers is the prompt alone. Where the
@@ -122,11 +122,11 @@ def _split(text: str, places: list[int], tokenizer: Any) -> list[list[int]]:
     return pieces
 
 
-def _ids(text: str, tokenizer: Any) -> list[int]:
+def _ids(text: str, tokenizer: Tokenizer) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
 
-def _spans(messages: Listed[Message], text: str, tokenizer: Any) -> list[tuple[int, int]]:
+def _spans(messages: Listed[Message], text: str, tokenizer: Tokenizer) -> list[tuple[int, int]]:
     """Where each assistant turn begins and ends in the rendered conversation, in characters.
 
     An assistant's turn that opens the conversation answers nothing and is no response. A turn begins where the rendered

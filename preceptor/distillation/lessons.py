@@ -19,6 +19,7 @@ from preceptor.data.embedded_prompts import make_prompts
 from preceptor.data.encoding import encode, encode_prompt
 from preceptor.data.readers import Example, Message, read
 from preceptor.data.sequences import Sequence
+from preceptor.data.tokenizer import Tokenizer
 from preceptor.engine import distribution
 from preceptor.engine.progress_bar import Bar
 from preceptor.engine.settings import Training
@@ -218,7 +219,7 @@ def write_answers(
     return [Sequence(p + a, (False,) * len(p) + (True,) * len(a)) for p, a in zip(prompts, answers)]
 
 
-def _write(path: Path, made_by: str, lessons: Lessons, tokenizer: Any) -> None:
+def _write(path: Path, made_by: str, lessons: Lessons, tokenizer: Tokenizer) -> None:
     lines: list[dict[str, Any]] = [{"part": "question", "messages": list(asked)} for asked in lessons.questions]
     for part, sequences in (("train", lessons.train), ("exam", lessons.exam)):
         for sequence in sequences:

@@ -10,10 +10,11 @@ import hashlib
 import shutil
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from preceptor.data.tokenizer import Tokenizer
 from preceptor.errors import UserError
 from preceptor.models.embedded import LARGEST_CONVERTED, cache_folder, without_progress_bars
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
+def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Tokenizer]:
     """A causal model and its tokenizer from a GGUF file, through the conversion kept in the cache folder.
 
     Where the cache folder cannot be written, or the file is large, the file is read directly each time.
@@ -56,7 +57,7 @@ def forget_quantisation(model: PreTrainedModel) -> None:
     model.config.name_or_path = ""
 
 
-def _read_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
+def _read_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Tokenizer]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder, name = str(path.parent), path.name
@@ -73,7 +74,7 @@ def _read_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
     return model, tokenizer
 
 
-def _keep(model: PreTrainedModel, tokenizer: Any, kept: Path) -> None:
+def _keep(model: PreTrainedModel, tokenizer: Tokenizer, kept: Path) -> None:
     """Write beside, then rename: another process sees the whole folder or none, and the first one to finish wins."""
     kept.parent.mkdir(parents=True, exist_ok=True)
     beside = kept.parent / f".{kept.name}-{uuid.uuid4().hex}"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from preceptor.data.tokenizer import Tokenizer
 from preceptor.errors import UserError
 from preceptor.models.language_model import LanguageModel
 
@@ -55,12 +56,12 @@ def same_tokenizer(a: LanguageModel, b: LanguageModel) -> Literal["identical", "
     return "padded" if padded else "identical"
 
 
-def tokenizer_hash(tokenizer: Any) -> str:
+def tokenizer_hash(tokenizer: Tokenizer) -> str:
     """SHA-256 of the token map, in the order of ids; equal for two tokenizers whose ids mean the same tokens."""
     return hashlib.sha256(json.dumps(sorted(_by_id(tokenizer).items())).encode()).hexdigest()
 
 
-def provenance(teacher: str, text: str, tokenizer: Any) -> dict[str, str]:
+def provenance(teacher: str, text: str, tokenizer: Tokenizer) -> dict[str, str]:
     """What a run of language models rests on, for its environment.json: names of teacher and text, and two hashes."""
     return {
         "teacher": teacher,
@@ -70,12 +71,12 @@ def provenance(teacher: str, text: str, tokenizer: Any) -> dict[str, str]:
     }
 
 
-def template_hash(tokenizer: Any) -> str:
+def template_hash(tokenizer: Tokenizer) -> str:
     """SHA-256 of the chat template; that of the empty text where there is none."""
     template = tokenizer.chat_template or ""
     text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _by_id(tokenizer: Any) -> dict[int, str]:
+def _by_id(tokenizer: Tokenizer) -> dict[int, str]:
     return {index: token for token, index in tokenizer.get_vocab().items()}

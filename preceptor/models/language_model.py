@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from preceptor.data.tokenizer import Tokenizer
 from preceptor.errors import UserError
 from preceptor.knowledge import Head
 from preceptor.models.model_folder import write_model
@@ -42,7 +43,7 @@ class LanguageModel(nn.Module):
             write with.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any) -> None:
+    def __init__(self, model: nn.Module, tokenizer: Tokenizer) -> None:
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from preceptor.data.tokenizer import Tokenizer
 from preceptor.errors import UserError
 from preceptor.models import embedded, gguf
 from preceptor.models.language_model import LanguageModel, in_evaluation, project
@@ -44,7 +45,7 @@ def load(name: str, *, dtype: str = "float32") -> LanguageModel:
     return loaded
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str) -> Tokenizer:
     """A language model's tokenizer by the model's name, as `load` takes it; no weights are read where files allow it.
 
     Raises:
@@ -60,7 +61,7 @@ def load_tokenizer(name: str) -> Any:
         raise _not_loaded(f'The tokenizer of "{name}"', error) from error
 
 
-def load_encoder(name: str) -> tuple[PreTrainedModel, Any]:
+def load_encoder(name: str) -> tuple[PreTrainedModel, Tokenizer]:
     """An encoder and its tokenizer: ``minilm-l6`` (embedded, no network), a folder with safetensors, or a hub name.
 
     Raises:
@@ -74,7 +75,7 @@ def load_encoder(name: str) -> tuple[PreTrainedModel, Any]:
     return model.eval(), tokenizer  # type: ignore[no-untyped-call]
 
 
-def _from_pretrained(kind: Any, name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
+def _from_pretrained(kind: Any, name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Tokenizer]:
     from transformers import AutoTokenizer
 
     path = Path(name)

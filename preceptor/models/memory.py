@@ -22,12 +22,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from preceptor.data.tokenizer import Tokenizer
 from preceptor.errors import UserError
 from preceptor.models import embedded
 from preceptor.models.language_model import LanguageModel
@@ -178,7 +179,7 @@ def _build(config: PretrainedConfig) -> LanguageModel:
 
     size = int(config.get_text_config().vocab_size)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
-    return LanguageModel(model, Vocabulary(size))
+    return LanguageModel(model, cast("Tokenizer", Vocabulary(size)))  # nothing is encoded here
 
 
 def _shape_of(spec: StudentSpec, teacher: LanguageModel) -> LanguageModel:

@@ -7,10 +7,11 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from preceptor.data.tokenizer import Tokenizer
 from preceptor.errors import UserError
 from preceptor.models.embedded import without_progress_bars
 from preceptor.models.gguf import forget_quantisation
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 def write_model(
     folder: Path,
     model: PreTrainedModel,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     *,
     card: Mapping[str, object],
     state: dict[str, Tensor] | None = None,

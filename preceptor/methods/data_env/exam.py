@@ -6,8 +6,8 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+from preceptor.data.tokenizer import Tokenizer
 from preceptor.errors import UserError
 from preceptor.language import Chat
 from preceptor.methods.data_env.skill_discovery import Skills, discover, label, skills_of
@@ -100,7 +100,7 @@ def skills_named(questions: Questions) -> dict[str, tuple[str, ...]]:
     return {skill: tuple(names) for skill, names in skills_of(questions.validation).categories.items()}
 
 
-def answer_length(exam: Exam, task: Task, items: Sequence[Item], tokenizer: Any) -> int:
+def answer_length(exam: Exam, task: Task, items: Sequence[Item], tokenizer: Tokenizer) -> int:
     """How many tokens of an answer are read.
 
     Raises:

@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Iterator, Sequence as Listed
 from dataclasses import dataclass
 from itertools import groupby, islice
-from typing import Any, overload
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from preceptor.data.embedded_sentences import embedded_sentences
 from preceptor.data.encoding import encode
 from preceptor.data.readers import read
 from preceptor.data.sequences import Sequence
+from preceptor.data.tokenizer import Tokenizer
 from preceptor.errors import UserError
 
 EMBEDDED = "sentences"
@@ -70,7 +71,7 @@ class Pieces(Listed[Sequence]):
         return Sequence(tuple(self.ids[place].tolist()), self._response)
 
 
-def read_passages(text: Passages, tokenizer: Any, *, seed: int) -> tuple[Pieces, list[Sequence]]:
+def read_passages(text: Passages, tokenizer: Tokenizer, *, seed: int) -> tuple[Pieces, list[Sequence]]:
     """Pieces of exactly ``text.length`` tokens, to learn from and held out; all tokens but the first are predicted.
 
     Documents follow each other with an end-of-sequence token between them and are cut wherever a piece is full; the
@@ -95,7 +96,7 @@ def read_passages(text: Passages, tokenizer: Any, *, seed: int) -> tuple[Pieces,
     return pieces[text.held_out :], list(pieces[: text.held_out])
 
 
-def _documents(text: Passages, tokenizer: Any) -> Iterator[tuple[int, ...]]:
+def _documents(text: Passages, tokenizer: Tokenizer) -> Iterator[tuple[int, ...]]:
     if text.source != EMBEDDED:
         examples = iter(read(text.source, limit=text.limit))
         while some := list(islice(examples, TOGETHER)):

@@ -6,11 +6,12 @@ from collections.abc import Sequence as Listed
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from preceptor.data.encoding import encode
 from preceptor.data.readers import Example
 from preceptor.data.sequences import Sequence
+from preceptor.data.tokenizer import Tokenizer
 from preceptor.dialogue.dialogue import Dialogue, Turn, fit_turns, parse_dialogue, read_dialogues
 from preceptor.dialogue.examples import worked_dialogues
 from preceptor.dialogue.tutors import tutor_messages
@@ -60,7 +61,7 @@ def split(dialogues: Listed[Dialogue], share: float, seed: int) -> tuple[list[Di
 
 
 def make_pairs(
-    dialogues: Listed[Dialogue], config: Config, tokenizer: Any, known: frozenset[str] = frozenset()
+    dialogues: Listed[Dialogue], config: Config, tokenizer: Tokenizer, known: frozenset[str] = frozenset()
 ) -> list[Pair]:
     """Every teacher turn after the opening line that fits, with what precedes it; ``known`` problems are not unseen."""
     pairs = []
@@ -73,7 +74,7 @@ def make_pairs(
     return pairs
 
 
-def encode_pair(before: Dialogue, turn: Turn, config: Config, tokenizer: Any) -> Sequence | None:
+def encode_pair(before: Dialogue, turn: Turn, config: Config, tokenizer: Tokenizer) -> Sequence | None:
     """The tokens of knowledge, history and turn, only the turn to be learned; None where it does not fit alone."""
     reading = config.reading
     answer = {"role": "assistant", "content": turn.text.strip()}

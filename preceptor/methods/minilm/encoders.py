@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from preceptor.data.tokenizer import Tokenizer
 from preceptor.errors import UserError
 from preceptor.files import write_whole
 from preceptor.models.loading import load, load_encoder
@@ -72,7 +73,7 @@ _RATES = (
 )
 
 
-def load_body(name: str) -> tuple[PreTrainedModel, Any]:
+def load_body(name: str) -> tuple[PreTrainedModel, Tokenizer]:
     """An encoder, or a causal model without its head, and its tokenizer, by a name that ``load`` takes.
 
     Raises:
@@ -85,7 +86,7 @@ def load_body(name: str) -> tuple[PreTrainedModel, Any]:
     return load_encoder(name)
 
 
-def make_body(spec: str, like: PreTrainedModel, tokenizer: Any, *, dropout: float, seed: int) -> PreTrainedModel:
+def make_body(spec: str, like: PreTrainedModel, tokenizer: Tokenizer, *, dropout: float, seed: int) -> PreTrainedModel:
     """A student: a fresh model of the architecture of ``like``, or one by name, with the same tokens.
 
     Args:
@@ -154,7 +155,7 @@ def check_tokens(teacher: Any, student: Any) -> None:
         )
 
 
-def save_body(folder: Path, model: PreTrainedModel, tokenizer: Any, card: dict[str, object]) -> None:
+def save_body(folder: Path, model: PreTrainedModel, tokenizer: Tokenizer, card: dict[str, object]) -> None:
     """Write model, tokenizer and model card to a folder that ``AutoModel.from_pretrained`` loads; whole or not at all.
 
     Raises:

@@ -6,12 +6,13 @@ The baseline against which distilled encoders are held.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from preceptor.data.sequences import Batch, Sequence, collate
+from preceptor.data.tokenizer import Tokenizer
 from preceptor.engine.run import Run
 from preceptor.errors import UserError
 from preceptor.losses import Loss
@@ -30,7 +31,7 @@ class MaskedLanguage(nn.Module):
         UserError: the tokenizer has no mask token.
     """
 
-    def __init__(self, encoder: PreTrainedModel, tokenizer: Any, *, share: float = 0.15) -> None:
+    def __init__(self, encoder: PreTrainedModel, tokenizer: Tokenizer, *, share: float = 0.15) -> None:
         super().__init__()
         if tokenizer.mask_token_id is None:
             raise UserError("The tokenizer has no mask token: choose an encoder that was made to have one.")

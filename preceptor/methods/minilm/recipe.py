@@ -40,11 +40,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from preceptor.data.sequences import Batch, Sequence, collate
+from preceptor.data.tokenizer import Tokenizer
 from preceptor.engine.run import Run
 from preceptor.engine.settings import Training
 from preceptor.errors import UserError
@@ -192,20 +193,22 @@ def main(config: Config) -> Table:
     return teach_one(config, teacher, start(config, body, tokenizer), tokenizer, texts)
 
 
-def prepare(config: Config, teacher: SelfAttention, tokenizer: Any) -> Texts:
+def prepare(config: Config, teacher: SelfAttention, tokenizer: Tokenizer) -> Texts:
     """The texts of a run; which of them are held out does not depend on the run's seed."""
     check_length(config, teacher)
     listed = read_texts(config.data, limit=config.limit)
     return split_texts(listed, tokenizer, max_length=config.max_length, held_out=config.held_out)
 
 
-def start(config: Config, like: PreTrainedModel, tokenizer: Any) -> SelfAttention:
+def start(config: Config, like: PreTrainedModel, tokenizer: Tokenizer) -> SelfAttention:
     """The student before its first step."""
     body = make_body(config.student, like, tokenizer, dropout=config.dropout, seed=config.training.seed)
     return SelfAttention(body)
 
 
-def teach_one(config: Config, teacher: SelfAttention, student: SelfAttention, tokenizer: Any, texts: Texts) -> Table:
+def teach_one(
+    config: Config, teacher: SelfAttention, student: SelfAttention, tokenizer: Tokenizer, texts: Texts
+) -> Table:
     """Teach one student, save it, and compare its held-out relations with those before."""
     folder, asked = Path(config.output), AttentionTeacher(teacher)
     check_fit(config, asked, student, texts)

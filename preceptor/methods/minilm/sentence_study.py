@@ -13,6 +13,7 @@ from torch import Tensor
 
 from preceptor.data.embedded_sentences import embedded_sentences
 from preceptor.data.sequences import Sequence, collate
+from preceptor.data.tokenizer import Tokenizer
 from preceptor.evaluation.probing import mean_pool, probe_accuracy, random_pairs, rank_agreement
 from preceptor.methods.minilm.attention_reader import AttentionTeacher, SelfAttention, pair_up
 from preceptor.methods.minilm.encoders import load_body
@@ -57,7 +58,7 @@ class Study:
     """
 
     body: Any
-    tokenizer: Any
+    tokenizer: Tokenizer
     teacher: AttentionTeacher
     control: AttentionTeacher
     texts: Texts

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from preceptor.data.embedded_sentences import embedded_sentences
 from preceptor.data.readers import read
 from preceptor.data.sequences import Sequence
+from preceptor.data.tokenizer import Tokenizer
 from preceptor.errors import UserError
 
 
@@ -28,7 +28,7 @@ def read_texts(source: str, *, limit: int = 0) -> list[str]:
     return [texts[i] for i in order]
 
 
-def encode_texts(texts: list[str], tokenizer: Any, *, max_length: int) -> list[Sequence]:
+def encode_texts(texts: list[str], tokenizer: Tokenizer, *, max_length: int) -> list[Sequence]:
     """Each text as one sequence, with the tokenizer's own special tokens, cut to ``max_length`` tokens."""
     listed = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
     return [Sequence(tuple(ids), (True,) * len(ids)) for ids in listed]
@@ -43,7 +43,7 @@ class Texts:
     pad: int
 
 
-def split_texts(texts: list[str], tokenizer: Any, *, max_length: int, held_out: int) -> Texts:
+def split_texts(texts: list[str], tokenizer: Tokenizer, *, max_length: int, held_out: int) -> Texts:
     """The first ``held_out`` texts to examine, the others to learn from.
 
     Raises:
@@ -57,6 +57,6 @@ def split_texts(texts: list[str], tokenizer: Any, *, max_length: int, held_out: 
     return Texts(sequences[held_out:], sequences[:held_out], padding_id(tokenizer))
 
 
-def padding_id(tokenizer: Any) -> int:
+def padding_id(tokenizer: Tokenizer) -> int:
     """The id to pad with; it never matters, since the attention mask marks padding."""
     return int(next(number for number in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if number is not None))

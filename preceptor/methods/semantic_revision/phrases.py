@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, Literal
 
 from preceptor.data.sequences import Sequence
+from preceptor.data.tokenizer import Tokenizer
 from preceptor.distillation.marked import Marker
 from preceptor.errors import UserError
 from preceptor.models.language_model import LanguageModel
@@ -113,7 +114,7 @@ def plain_phrases(text: str) -> list[Span]:
     return spans
 
 
-def token_characters(ids: Listed[int], tokenizer: Any) -> tuple[str, list[Span]]:
+def token_characters(ids: Listed[int], tokenizer: Tokenizer) -> tuple[str, list[Span]]:
     """The text of token ids, and the characters of each: special tokens have none.
 
     The ids are taken as they are: encoding the text again might give others. With byte-level tokens a character that
@@ -134,7 +135,7 @@ def token_characters(ids: Listed[int], tokenizer: Any) -> tuple[str, list[Span]]
     return text, spans
 
 
-def token_spans(ids: Listed[int], tokenizer: Any, chunk: Chunker) -> list[Span]:
+def token_spans(ids: Listed[int], tokenizer: Tokenizer, chunk: Chunker) -> list[Span]:
     """The phrases of a text as ranges of its tokens: a token belongs to the phrase that holds most of its characters.
 
     White space does not count. Phrases without a token are left out.
@@ -158,7 +159,7 @@ def adjacent(spans: Listed[Span]) -> list[int]:
     return sorted(token for start, end in spans for token in range(start, end - 1))
 
 
-def pairs(sequence: Sequence, tokenizer: Any, chunk: Chunker) -> tuple[int, ...]:
+def pairs(sequence: Sequence, tokenizer: Tokenizer, chunk: Chunker) -> tuple[int, ...]:
     """The pairs of a sequence's responses, none of its prompts: i of each (i, i + 1).
 
     They count the predicted response tokens, in the order of the rows that ``Batch.predicts`` selects.

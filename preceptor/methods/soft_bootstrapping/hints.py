@@ -11,13 +11,13 @@ import unicodedata
 import warnings
 from collections.abc import Mapping, Sequence as Listed
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from preceptor.data.encoding import encode_prompt
 from preceptor.data.readers import Message
 from preceptor.data.sequences import Batch, Sequence, collate
+from preceptor.data.tokenizer import Tokenizer
 from preceptor.distillation.teachers import Teacher
 from preceptor.errors import UserError
 from preceptor.knowledge import HiddenTargets, LogitTargets, SoftTargets
@@ -98,18 +98,18 @@ class Prompts:
         turns += [{"role": roles[place % 2], "content": shot} for place, shot in enumerate(shots)]
         return [*turns, {"role": "user", "content": text}]
 
-    def ask(self, item: Item, tokenizer: Any) -> tuple[int, ...]:
+    def ask(self, item: Item, tokenizer: Tokenizer) -> tuple[int, ...]:
         """The ids of the bare question, as it is answered: under the template (``PLAIN_TEMPLATE`` without one)."""
         return encode_prompt(self.chat(item.instruction, self.shots), tokenizer)
 
-    def learn(self, item: Item, tokenizer: Any) -> tuple[int, ...]:
+    def learn(self, item: Item, tokenizer: Tokenizer) -> tuple[int, ...]:
         """The ids before the reply that the student learns."""
         if self.template:
             return self.ask(item, tokenizer)
         text = "\n\n".join(message["content"] for message in self.chat(item.instruction, self.shots))
         return tuple(tokenizer(f"{text}\n\n")["input_ids"])
 
-    def show(self, tried: Tried, tokenizer: Any) -> tuple[int, ...]:
+    def show(self, tried: Tried, tokenizer: Tokenizer) -> tuple[int, ...]:
         """The ids of the hinted prompt of a question with two exemplars."""
         assert tried.right is not None
         assert tried.wrong is not None
@@ -142,7 +142,7 @@ class HintedPair:
 
 
 def views(
-    kept: Listed[Tried], prompts: Prompts, tokenizer: Any, *, max_length: int, stop: frozenset[int]
+    kept: Listed[Tried], prompts: Prompts, tokenizer: Tokenizer, *, max_length: int, stop: frozenset[int]
 ) -> list[HintedPair]:
     """The two sequences of each kept question, of as many response tokens each.
 
