@@ -6,6 +6,7 @@ import dataclasses
 import random
 from collections import deque
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from preceptor.errors import UserError
 
@@ -72,8 +73,7 @@ class Limits:
                 raise UserError(f"The limit {name} is {value}: it must be more than 0.")
 
 
-@dataclass(frozen=True)
-class Spent:
+class Spent(NamedTuple):
     """Calls, tokens and money: what was spent, or what a call may come to at most."""
 
     calls: int = 0

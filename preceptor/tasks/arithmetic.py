@@ -7,15 +7,15 @@ two layers that learns from nothing; ``worded`` is for language models: a worked
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from random import Random
 from typing import Literal
 
 from preceptor.tasks.answers import same, written
-from preceptor.tasks.records import Datum, Item, same_length
-from preceptor.tasks.sampling import draw_items, only_skills
+from preceptor.tasks.generated import GeneratedTask
+from preceptor.tasks.records import Datum, Item
 
 FORMAT = "Show the working, then end with a line that holds #### and the number."
 
@@ -31,7 +31,7 @@ class ArithmeticProblem:
 
 
 @dataclass(frozen=True)
-class Arithmetic:
+class Arithmetic(GeneratedTask):
     """The math task on generated problems."""
 
     form: Literal["compact", "worded"] = "compact"
@@ -39,32 +39,6 @@ class Arithmetic:
     only: tuple[str, ...] = ()
     """Skills (``addition``) or subskills (``addition/two_digit``) to examine; empty: all of them."""
     name: str = "math"
-
-    @property
-    def skills(self) -> Mapping[str, tuple[str, ...]]:
-        """The skills, each with its subskills, from easy to hard.
-
-        Raises:
-            UserError: ``only`` names a skill or a subskill that there is not.
-        """
-        return only_skills({skill: tuple(subskills) for skill, subskills in SKILLS.items()}, self.only)
-
-    def items(self, count: int, *, seed: int, skill: str | None = None, subskill: str | None = None) -> list[Item]:
-        """Problems, evenly over the (sub)skills asked for; see ``Task.items``.
-
-        Raises:
-            UserError: the skill or the subskill is unknown.
-        """
-        return draw_items(self._item, self.skills, count, seed, skill=skill, subskill=subskill)
-
-    def score(self, items: Sequence[Item], responses: Sequence[str]) -> list[bool]:
-        """Whether each response gives the right number.
-
-        Raises:
-            UserError: there are not as many responses as items.
-        """
-        same_length(items, responses)
-        return [self.correct(item, response) for item, response in zip(items, responses)]
 
     def correct(self, item: Item, response: str) -> bool:
         """Whether the response gives the right number, whatever its notation; an unreadable one is wrong."""
@@ -294,3 +268,6 @@ SKILLS: Mapping[str, Mapping[str, Callable[[Random], ArithmeticProblem]]] = {
     },
     "word_problems": {kind: _story(kind) for kind in ("gain", "loss", "groups", "sharing")},
 }
+
+
+Arithmetic.SKILLS = SKILLS

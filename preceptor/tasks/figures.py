@@ -18,8 +18,8 @@ from PIL import Image, ImageDraw
 
 from preceptor.errors import UserError
 from preceptor.tasks.answers import same
-from preceptor.tasks.records import Datum, Item, same_length
-from preceptor.tasks.sampling import draw_items, only_skills
+from preceptor.tasks.generated import GeneratedTask
+from preceptor.tasks.records import Datum, Item
 
 GRID = 4  # cells a side
 
@@ -72,7 +72,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Figures:
+class Figures(GeneratedTask):
     """The visual task."""
 
     form: Literal["compact", "worded"] = "compact"
@@ -80,32 +80,6 @@ class Figures:
     only: tuple[str, ...] = ()
     """Skills (``counting``) or subskills (``counting/colour``) to examine; empty: all of them."""
     name: str = "visual"
-
-    @property
-    def skills(self) -> Mapping[str, tuple[str, ...]]:
-        """The skills, each with its subskills.
-
-        Raises:
-            UserError: ``only`` names a skill or a subskill that there is not.
-        """
-        return only_skills({skill: tuple(subskills) for skill, subskills in SKILLS.items()}, self.only)
-
-    def items(self, count: int, *, seed: int, skill: str | None = None, subskill: str | None = None) -> list[Item]:
-        """Questions with their images, evenly over the (sub)skills asked for; see ``Task.items``.
-
-        Raises:
-            UserError: the skill or the subskill is unknown.
-        """
-        return draw_items(self._item, self.skills, count, seed, skill=skill, subskill=subskill)
-
-    def score(self, items: Sequence[Item], responses: Sequence[str]) -> list[bool]:
-        """Whether each response gives the right word or number.
-
-        Raises:
-            UserError: there are not as many responses as items.
-        """
-        same_length(items, responses)
-        return [self.correct(item, response) for item, response in zip(items, responses)]
 
     def correct(self, item: Item, response: str) -> bool:
         """Whether the response gives the right word or number; in the compact form it holds nothing else."""
@@ -318,3 +292,6 @@ SKILLS: Mapping[str, Mapping[str, Callable[[Random], Question]]] = {
     "comparison": {"colours": _more("colour"), "shapes": _more("kind")},
     "existence": {"one": _exists},
 }
+
+
+Figures.SKILLS = SKILLS

@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 from preceptor.errors import UserError
 from preceptor.sandbox import Program, Reason, Sandbox, Verdict, read_tests
+from preceptor.tasks.generated import GeneratedTask
 from preceptor.tasks.records import Datum, Item, same_length
-from preceptor.tasks.sampling import draw_items, only_skills
 
 CALLS = 5  # tests of a problem
 
@@ -34,7 +34,7 @@ class ProgramProblem:
 
 
 @dataclass(frozen=True)
-class Programs:
+class Programs(GeneratedTask):
     """The code task. The sandbox's workers start with the first program; ``close`` ends them."""
 
     form: Literal["compact", "worded"] = "compact"
@@ -44,23 +44,6 @@ class Programs:
     sandbox: Sandbox = field(default_factory=Sandbox)
     """Where programs run, with their limits."""
     name: str = "code"
-
-    @property
-    def skills(self) -> Mapping[str, tuple[str, ...]]:
-        """The skills, each with its subskills.
-
-        Raises:
-            UserError: ``only`` names a skill or a subskill that there is not.
-        """
-        return only_skills({skill: tuple(subskills) for skill, subskills in SKILLS.items()}, self.only)
-
-    def items(self, count: int, *, seed: int, skill: str | None = None, subskill: str | None = None) -> list[Item]:
-        """Problems, evenly over the (sub)skills asked for; see ``Task.items``.
-
-        Raises:
-            UserError: the skill or the subskill is unknown.
-        """
-        return draw_items(self._item, self.skills, count, seed, skill=skill, subskill=subskill)
 
     def judge(self, items: Sequence[Item], responses: Sequence[str]) -> list[Verdict]:
         """The verdict on each response's program; equal programs with equal tests are run once.
@@ -289,3 +272,6 @@ SKILLS: Mapping[str, Mapping[str, Callable[[Random], ProgramProblem]]] = {
     "recursion": {"adding": _recursion("+", "plus"), "subtracting": _recursion("-", "minus")},
     "conditions": {"choice": _choice},
 }
+
+
+Programs.SKILLS = SKILLS

@@ -26,16 +26,6 @@ from preceptor.models.language_model import LanguageModel
 from tests.cache_models import KINDS, VOCABULARY, contents, exact, kept, make_sequences, make_teacher, plan_of
 
 
-@pytest.fixture(scope="module")
-def teacher() -> LanguageModel:
-    return make_teacher()
-
-
-@pytest.fixture(scope="module")
-def sequences() -> list[Sequence]:
-    return make_sequences(60)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_gets_its_rows_in_order(
     kind: str, teacher: LanguageModel, sequences: list[Sequence], tmp_path: Path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
@@ -18,17 +17,7 @@ from preceptor.cache.sparse import SparseRows, fit_sparse
 from preceptor.data.sequences import Sequence
 from preceptor.knowledge import Head, HiddenTargets
 from preceptor.models.language_model import LanguageModel
-from tests.cache_models import KINDS, VOCABULARY, exact, make_sequences, make_teacher
-
-
-@pytest.fixture(scope="module")
-def teacher() -> LanguageModel:
-    return make_teacher()
-
-
-@pytest.fixture(scope="module")
-def sequences() -> list[Sequence]:
-    return make_sequences(60)
+from tests.cache_models import KINDS, VOCABULARY, exact
 
 
 @settings(max_examples=40, deadline=None)

@@ -17,17 +17,7 @@ from preceptor.data.readers import read
 from preceptor.data.sequences import Sequence, collate
 from preceptor.errors import UserError
 from preceptor.models.language_model import LanguageModel
-from tests.cache_models import VOCABULARY, make_sequences, make_teacher
-
-
-@pytest.fixture(scope="module")
-def teacher() -> LanguageModel:
-    return make_teacher()
-
-
-@pytest.fixture(scope="module")
-def sequences() -> list[Sequence]:
-    return make_sequences(60)
+from tests.cache_models import VOCABULARY, make_sequences
 
 
 def distillkit_bytes(log_p: np.ndarray, form: dict[str, object]) -> bytes:

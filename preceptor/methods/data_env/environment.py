@@ -29,7 +29,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypedDict
+from typing import Any, NamedTuple, Protocol, TypedDict
 
 import gymnasium
 import numpy as np
@@ -77,6 +77,18 @@ class RoundInfo(TypedDict):
     round: int
     data: int
     budget_left: int
+
+
+class Outcome(NamedTuple):
+    """What became of what was written in a round; see ``RoundInfo``."""
+
+    accepted: Sequence[Datum] = ()
+    rejected: Sequence[tuple[Datum, Check]] = ()
+    failures: Sequence[str] = ()
+    checks: Sequence[Check] = ()
+
+
+NOTHING = Outcome()
 
 
 class TaughtStudent(Protocol):
@@ -179,7 +191,7 @@ class DataEnvironment(gymnasium.Env[Any, Any]):
         self.data, self.steps, self.round, self.idle, self.taught = [], 0, 0, 0, 0
         self.lives += 1
         self.completed = self.evaluate(self.validation)
-        return self._observation(), self._info([], [], [], [])
+        return self._observation(), self._info()
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, RoundInfo]:  # type: ignore[override]
         """Writes what the action asks for, checks it, teaches the student, and evaluates it.
@@ -205,7 +217,13 @@ class DataEnvironment(gymnasium.Env[Any, Any]):
         reward = self.report.accuracy - before.accuracy
         used_up = len(self.data) >= self.episode.budget
         truncated = self.over and not used_up
-        return self._observation(), reward, used_up, truncated, self._info(accepted, rejected, failures, checks)
+        return (
+            self._observation(),
+            reward,
+            used_up,
+            truncated,
+            self._info(Outcome(accepted, rejected, failures, checks)),
+        )
 
     def state(self) -> dict[str, Any]:
         """What an episode needs to go on after a stop, beside ``data``: plain JSON."""
@@ -233,7 +251,7 @@ class DataEnvironment(gymnasium.Env[Any, Any]):
         self.student.restart()
         if self.taught:
             self.student.learn(self.data[: self.taught], self.lesson)
-        return self._info([], [], [], [])
+        return self._info()
 
     @property
     def over(self) -> bool:
@@ -288,21 +306,15 @@ class DataEnvironment(gymnasium.Env[Any, Any]):
         ]
         return accepted[:room], rejected
 
-    def _info(
-        self,
-        accepted: Sequence[Datum],
-        rejected: Sequence[tuple[Datum, Check]],
-        failures: Sequence[str],
-        checks: Sequence[Check],
-    ) -> RoundInfo:
+    def _info(self, written: Outcome = NOTHING) -> RoundInfo:
         return {
             "completed": tuple(self.completed),
             "report": self.report,
             "accuracy": self.accuracy,
-            "accepted": tuple(accepted),
-            "rejected": tuple(rejected),
-            "failures": tuple(failures),
-            "checks": tuple(checks),
+            "accepted": tuple(written.accepted),
+            "rejected": tuple(written.rejected),
+            "failures": tuple(written.failures),
+            "checks": tuple(written.checks),
             "round": self.round,
             "data": len(self.data),
             "budget_left": self.episode.budget - len(self.data),

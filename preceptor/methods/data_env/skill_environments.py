@@ -11,7 +11,15 @@ import numpy as np
 from gymnasium import spaces
 
 from preceptor.errors import UserError
-from preceptor.methods.data_env.environment import UNKNOWN, DataEnvironment, Episode, RoundInfo, TaughtStudent
+from preceptor.methods.data_env.environment import (
+    NOTHING,
+    UNKNOWN,
+    DataEnvironment,
+    Episode,
+    Outcome,
+    RoundInfo,
+    TaughtStudent,
+)
 from preceptor.methods.data_env.skill_tree import Action, Experience, Exploit, Explore, SkillTree, act, read_experience
 from preceptor.methods.data_env.writers import Order, Writer, Written
 from preceptor.tasks.records import Check, Datum, Item, PerformanceReport, Task
@@ -233,14 +241,8 @@ class SkillForest(DataEnvironment):
             experience = Experience(filled, one, None if hidden else past, None if hidden else reward)
             self.history[skill] = (*self.history[skill], experience)
 
-    def _info(
-        self,
-        accepted: Sequence[Datum],
-        rejected: Sequence[tuple[Datum, Check]],
-        failures: Sequence[str],
-        checks: Sequence[Check],
-    ) -> ForestInfo:
-        return {**super()._info(accepted, rejected, failures, checks), "history": dict(self.history)}
+    def _info(self, written: Outcome = NOTHING) -> ForestInfo:
+        return {**super()._info(written), "history": dict(self.history)}
 
 
 def gather(written: Sequence[Written]) -> tuple[list[Datum], list[str]]:

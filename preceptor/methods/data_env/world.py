@@ -9,19 +9,12 @@ from random import Random
 from typing import TYPE_CHECKING, Any, Literal
 
 from preceptor.language import Chat
+from preceptor.methods.data_env import policies
 from preceptor.methods.data_env.agents import OpenEndedAgent, SkillForestAgent, SkillListAgent
 from preceptor.methods.data_env.chat_writer import ChatWriter, Draw
 from preceptor.methods.data_env.environment import DataEnvironment, OpenEnded, RoundInfo, as_action
 from preceptor.methods.data_env.exam import SCHOOL_SEED, Questions, answer_length, skills_named
-from preceptor.methods.data_env.policies import (
-    Alternating,
-    Asked,
-    Chance,
-    FillBalanced,
-    Policy,
-    Proportional,
-    Threshold,
-)
+from preceptor.methods.data_env.policies import Policy
 from preceptor.methods.data_env.pretraining import pretrain
 from preceptor.methods.data_env.rounds import ITERATIONS
 from preceptor.methods.data_env.skill_environments import SkillForest, SkillList
@@ -126,15 +119,15 @@ def make_world(
 def choose_policy(config: Config, skill: str, step: int, chat: Chat | None) -> Policy:
     """Who acts for one skill of a tree in one round."""
     if config.agent == "random":
-        return Chance(Random(f"{config.training.seed} {skill} {step}"), items=config.items // 3)
+        return policies.Chance(Random(f"{config.training.seed} {skill} {step}"), items=config.items // 3)
     if config.policy in ("train_retrain", "accumulate"):
         assert chat is not None
-        return Asked(chat, skill, "accumulate" if config.policy == "accumulate" else "train_retrain")
+        return policies.Asked(chat, skill, "accumulate" if config.policy == "accumulate" else "train_retrain")
     start = max(1, config.items // 15)
-    policies: dict[str, Policy] = {
-        "proportional": Proportional(start=start, items=config.items * 2 // 3),
-        "alternating": Alternating(),
-        "fill_balanced": FillBalanced(),
-        "threshold": Threshold(),
+    chosen: dict[str, Policy] = {
+        "proportional": policies.Proportional(start=start, items=config.items * 2 // 3),
+        "alternating": policies.Alternating(),
+        "fill_balanced": policies.FillBalanced(),
+        "threshold": policies.Threshold(),
     }
-    return policies[config.policy]
+    return chosen[config.policy]

@@ -109,10 +109,7 @@ class Follower(nn.Module):
         hidden_states: Tensor,
         position_embeddings: None,
         sharing: ForwardState,
-        attention_mask: None = None,
-        position_ids: None = None,
-        past_key_values: None = None,
-        use_cache: bool = False,
+        **unused: Any,
     ) -> tuple[Tensor, None]:
         """The output (B, T, D) of hidden states after the layer's norm; only ``sharing`` is used of the rest."""
         assert sharing.shared is not None

@@ -147,15 +147,6 @@ class SharedAttentionForCausalLM(SharedAttentionPreTrainedModel, GenerationMixin
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()  # type: ignore[no-untyped-call]
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The token embeddings."""
-        embeddings: nn.Module = self.model.get_input_embeddings()
-        return embeddings
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the token embeddings."""
-        self.model.set_input_embeddings(value)
-
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,

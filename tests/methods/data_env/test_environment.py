@@ -243,18 +243,21 @@ def test_a_blind_episode_may_not_reject_what_the_student_knows() -> None:
         Episode(blind=True, reject_known=True)
 
 
+class Watched(Symbolic):
+    """A writer that keeps its orders."""
+
+    def write(self, orders: Sequence[Order]) -> list[Written]:
+        self.__dict__.setdefault("shown", []).extend(orders)
+        return super().write(orders)
+
+
 def test_a_blind_writer_is_shown_no_error_and_a_blind_tree_no_accuracy() -> None:
-    shown: list[Order] = []
-
-    class Watched(Symbolic):
-        def write(self, orders: Sequence[Order]) -> list[Written]:
-            shown.extend(orders)
-            return super().write(orders)
-
+    writer = Watched(TASK)
     episode = Episode(reject_known=False, blind=True)
-    listed = SkillList(TASK, student(), VALIDATION, writer=Watched(TASK), folder=Path("a"), episode=episode)
+    listed = SkillList(TASK, student(), VALIDATION, writer=writer, folder=Path("a"), episode=episode)
     listed.reset(seed=0)
     listed.step(np.array([4, 4, 4]))
+    shown = vars(writer)["shown"]
     assert shown
     assert not any(order.errors for order in shown)
     trees = forest(episode)
@@ -266,18 +269,12 @@ def test_a_blind_writer_is_shown_no_error_and_a_blind_tree_no_accuracy() -> None
 
 
 def test_with_state_the_writer_is_shown_the_errors_of_the_skill_alone() -> None:
-    shown: list[Order] = []
-
-    class Watched(Symbolic):
-        def write(self, orders: Sequence[Order]) -> list[Written]:
-            shown.extend(orders)
-            return super().write(orders)
-
-    world = SkillList(TASK, student(), VALIDATION, writer=Watched(TASK), folder=Path("a"), episode=FREE)
+    writer = Watched(TASK)
+    world = SkillList(TASK, student(), VALIDATION, writer=writer, folder=Path("a"), episode=FREE)
     _, info = world.reset(seed=0)
     world.step(np.array([4, 4, 4]))
     wrong = [one for one in info["completed"] if not one.correct]
-    assert [order.errors for order in shown] == [
+    assert [order.errors for order in vars(writer)["shown"]] == [
         tuple(one for one in wrong if one.item.skill == skill) for skill in world.skills
     ]
 
