@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import tempfile
@@ -40,6 +41,7 @@ def write_whole(path: Path, text: str) -> None:
     """Writes a file beside its place and renames it: it is there whole or not at all."""
     handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
+        os.chmod(beside, 0o666 & ~_umask())  # mkstemp's own mode lets nobody else read the file
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
@@ -48,3 +50,16 @@ def write_whole(path: Path, text: str) -> None:
     except OSError:
         Path(beside).unlink(missing_ok=True)
         raise
+
+
+def read_kept(path: Path) -> dict[str, dict[str, float]]:
+    """The figures that a reproduction has kept of its arms so far; empty where the file is not there."""
+    found: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return found
+
+
+def _umask() -> int:
+    """The process's mask of permissions, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

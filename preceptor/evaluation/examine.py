@@ -9,16 +9,7 @@ from preceptor.catalogue import repeat
 from preceptor.data.readers import Message
 from preceptor.data.sequences import Sequence
 from preceptor.distillation.lessons import Lessons
-from preceptor.evaluation.language import (
-    TEACHER,
-    UNTAUGHT,
-    ask,
-    evaluate_language,
-    evaluate_own_samples,
-    language_headline,
-    language_table,
-    samples,
-)
+from preceptor.evaluation import language
 from preceptor.evaluation.result import write_result
 from preceptor.models.language_model import LanguageModel
 from preceptor.models.loading import load
@@ -57,18 +48,18 @@ def examine(
     Raises:
         UserError: the folder cannot be written.
     """
-    outputs, prompts = ask(teacher, exam), [sequence.prompt for sequence in exam if sequence.prompt]
-    measures = {TEACHER: evaluate_language(teacher, None, exam, outputs=outputs)}
-    measures |= {name: evaluate_language(student, outputs, exam) for name, student in students.items()}
+    outputs, prompts = language.ask(teacher, exam), [sequence.prompt for sequence in exam if sequence.prompt]
+    measures = {language.TEACHER: language.evaluate_language(teacher, None, exam, outputs=outputs)}
+    measures |= {name: language.evaluate_language(student, outputs, exam) for name, student in students.items()}
     own = {
-        name: evaluate_own_samples(student, teacher, prompts, max_new_tokens=answer_length, seed=seed)
+        name: language.evaluate_own_samples(student, teacher, prompts, max_new_tokens=answer_length, seed=seed)
         for name, student in students.items()
         if prompts
     }
-    table = language_table(title, measures, own)
-    models = {TEACHER: teacher, **students}
-    answers = samples(models, questions, max_new_tokens=answer_length) if questions else []
-    write_result(folder, table, answers, headline=language_headline(measures), command=command)
+    table = language.language_table(title, measures, own)
+    models = {language.TEACHER: teacher, **students}
+    answers = language.samples(models, questions, max_new_tokens=answer_length) if questions else []
+    write_result(folder, table, answers, headline=language.language_headline(measures), command=command)
     table.print()
     print(f"The page: {write_report(folder)}")
     return table
@@ -95,7 +86,7 @@ def examine_beside_teacher(
     table = examine(
         folder,
         exact,
-        {UNTAUGHT: untaught, **taught},
+        {language.UNTAUGHT: untaught, **taught},
         lessons.exam,
         questions=lessons.questions,
         title=f"{student} taught by {teacher}",

@@ -272,40 +272,25 @@ def reverse_kl(
 
 
 def jensen_shannon(
-    hidden: Tensor,
-    head: Head,
-    teacher: SoftTargets,
-    beta: float = 0.5,
-    *,
-    temperature: float = 1.0,
-    mask: Tensor | None = None,
-) -> Loss:
+    hidden: Tensor, head: Head, teacher: SoftTargets, beta: float = 0.5, *,
+    temperature: float = 1.0, mask: Tensor | None = None,
+) -> Loss:  # fmt: skip
     """GKD's generalised Jensen-Shannon divergence summed over rows, times temperature**2. See `divergence`."""
     return divergence(hidden, head, teacher, kind="jensen_shannon", beta=beta, temperature=temperature, mask=mask)
 
 
 def skew_kl(
-    hidden: Tensor,
-    head: Head,
-    teacher: SoftTargets,
-    alpha: float = 0.1,
-    *,
-    temperature: float = 1.0,
-    mask: Tensor | None = None,
-) -> Loss:
+    hidden: Tensor, head: Head, teacher: SoftTargets, alpha: float = 0.1, *,
+    temperature: float = 1.0, mask: Tensor | None = None,
+) -> Loss:  # fmt: skip
     """DistiLLM's skew KL summed over rows, times temperature**2. See `divergence`."""
     return divergence(hidden, head, teacher, kind="skew_kl", alpha=alpha, temperature=temperature, mask=mask)
 
 
 def skew_reverse_kl(
-    hidden: Tensor,
-    head: Head,
-    teacher: SoftTargets,
-    alpha: float = 0.1,
-    *,
-    temperature: float = 1.0,
-    mask: Tensor | None = None,
-) -> Loss:
+    hidden: Tensor, head: Head, teacher: SoftTargets, alpha: float = 0.1, *,
+    temperature: float = 1.0, mask: Tensor | None = None,
+) -> Loss:  # fmt: skip
     """DistiLLM's skew reverse KL summed over rows, times temperature**2. See `divergence`."""
     return divergence(hidden, head, teacher, kind="skew_reverse_kl", alpha=alpha, temperature=temperature, mask=mask)
 

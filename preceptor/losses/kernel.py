@@ -64,14 +64,9 @@ def status() -> str:
 
 
 def score(
-    product: Tensor,
-    form: Logits,
-    targets: RowTargets,
-    labels: Tensor | None,
-    objective: RowObjective,
-    *,
+    product: Tensor, form: Logits, targets: RowTargets, labels: Tensor | None, objective: RowObjective, *,
     gradient: bool,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """As `rows.dense_rows` and its siblings: statistics (rows, 5); ``product`` becomes its gradient."""
     library = _library()[0]
     if library is None:
@@ -80,15 +75,9 @@ def score(
 
 
 def _run(
-    library: ctypes.CDLL,
-    product: Tensor,
-    form: Logits,
-    targets: RowTargets,
-    labels: Tensor | None,
-    objective: RowObjective,
-    *,
-    gradient: bool,
-) -> Tensor:
+    library: ctypes.CDLL, product: Tensor, form: Logits, targets: RowTargets, labels: Tensor | None,
+    objective: RowObjective, *, gradient: bool,
+) -> Tensor:  # fmt: skip
     rows, vocabulary = product.shape
     logits = _plain(targets.logits, TYPES)
     ids = None if targets.ids is None else targets.ids.contiguous()

@@ -152,15 +152,9 @@ class StudentRows:
 
 
 def dense_rows(
-    product: Tensor,
-    form: Logits,
-    targets: RowTargets,
-    labels: Tensor | None,
-    objective: RowObjective,
-    *,
-    work: torch.dtype,
-    gradient: bool,
-) -> Tensor:
+    product: Tensor, form: Logits, targets: RowTargets, labels: Tensor | None, objective: RowObjective, *,
+    work: torch.dtype, gradient: bool,
+) -> Tensor:  # fmt: skip
     """Rows of student products against rows of teacher products (or labels alone): statistics (rows, 5), see `STATS`.
 
     With ``gradient`` the student's ``product`` is overwritten by the gradient with respect to it.
@@ -224,15 +218,9 @@ def spread_rows(ids: Tensor, values: Tensor, vocabulary: int) -> Tensor:
 
 
 def bucket_rows(
-    product: Tensor,
-    form: Logits,
-    targets: RowTargets,
-    labels: Tensor | None,
-    objective: RowObjective,
-    *,
-    work: torch.dtype,
-    gradient: bool,
-) -> Tensor:
+    product: Tensor, form: Logits, targets: RowTargets, labels: Tensor | None, objective: RowObjective, *,
+    work: torch.dtype, gradient: bool,
+) -> Tensor:  # fmt: skip
     """As `dense_rows` for top-k targets: a divergence of k + 1 classes, the last one all unlisted tokens together."""
     assert targets.ids is not None
     assert targets.values is not None
@@ -255,15 +243,9 @@ def bucket_rows(
 
 
 def sampled_rows(
-    product: Tensor,
-    form: Logits,
-    targets: RowTargets,
-    labels: Tensor | None,
-    objective: RowObjective,
-    *,
-    work: torch.dtype,
-    gradient: bool,
-) -> Tensor:
+    product: Tensor, form: Logits, targets: RowTargets, labels: Tensor | None, objective: RowObjective, *,
+    work: torch.dtype, gradient: bool,
+) -> Tensor:  # fmt: skip
     """As `dense_rows` for tokens sampled from the teacher: the cross-entropy to them, unbiased.
 
     Its expectation is the forward KL plus the teacher's entropy, and its gradient's is that of the forward KL.

@@ -36,10 +36,10 @@ class Views:
     """Pixels a side of the teacher's view, cut from the middle."""
     crops: int = 2
     """Random crops an image."""
-    crop_size: int = 20
-    """Pixels a side of a crop."""
     crop_scale: tuple[float, float] = (0.1, 0.5)
     """Least and largest share of the image's area in a crop."""
+    crop_size: int = 20
+    """Pixels a side of a crop."""
     patches: int = 0
     """Patches an image, of nine that overlap, each 3/8 of a frame a side."""
     patch_size: int = 12

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import weakref
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from preceptor.engine.run import NonFiniteLoss, Run
 from preceptor.engine.settings import Training
 from preceptor.errors import UserError
+from preceptor.files import write_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +74,16 @@ def test_ragged_accumulation_equals_one_batch(tmp_path: Path, accumulate: int, o
         assert one["count"] == other["count"]
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-12)
         assert one["gradient_norm"] == pytest.approx(other["gradient_norm"], abs=1e-12)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of files are those of a POSIX system")
+def test_a_whole_file_has_the_permissions_of_any_other(tmp_path):
+    before = os.umask(0o022)
+    try:
+        write_whole(tmp_path / "a.json", "{}")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o644
 
 
 def test_a_step_is_what_plain_torch_does(tmp_path: Path) -> None:

@@ -35,17 +35,9 @@ class SkillList(DataEnvironment):
     """
 
     def __init__(
-        self,
-        task: Task,
-        student: TaughtStudent,
-        validation: Sequence[Item],
-        *,
-        writer: Writer,
-        folder: Path,
-        test: Sequence[Item] = (),
-        episode: Episode | None = None,
-        hypotheses: int = 5,
-    ) -> None:
+        self, task: Task, student: TaughtStudent, validation: Sequence[Item], *, writer: Writer, folder: Path,
+        test: Sequence[Item] = (), episode: Episode | None = None, hypotheses: int = 5,
+    ) -> None:  # fmt: skip
         """As ``DataEnvironment``; ``writer`` makes the items, about so many ``hypotheses`` a skill."""
         super().__init__(task, student, validation, folder=folder, test=test, episode=episode)
         self.writer, self.hypotheses = writer, hypotheses
@@ -99,17 +91,9 @@ class SkillForest(DataEnvironment):
     """
 
     def __init__(
-        self,
-        task: Task,
-        student: TaughtStudent,
-        validation: Sequence[Item],
-        *,
-        writer: Writer,
-        folder: Path,
-        test: Sequence[Item] = (),
-        episode: Episode | None = None,
-        subskills: int = 12,
-    ) -> None:
+        self, task: Task, student: TaughtStudent, validation: Sequence[Item], *, writer: Writer, folder: Path,
+        test: Sequence[Item] = (), episode: Episode | None = None, subskills: int = 12,
+    ) -> None:  # fmt: skip
         """As ``DataEnvironment``; ``writer`` makes the items, for at most so many ``subskills`` of a skill."""
         self.subskills = subskills
         super().__init__(task, student, validation, folder=folder, test=test, episode=episode)

@@ -20,7 +20,7 @@ from preceptor.data.sequences import Batch, Sequence, collate
 from preceptor.distillation.lessons import Lessons, Text, prepare
 from preceptor.engine.settings import Training
 from preceptor.evaluation.language import ModelOutputs as Answers, ask, evaluate_language
-from preceptor.files import write_whole
+from preceptor.files import read_kept, write_whole
 from preceptor.knowledge import HiddenTargets
 from preceptor.methods.echoatt.followers import block_ends, most_similar
 from preceptor.methods.echoatt.layer_teacher import LayerTargets, Original
@@ -173,7 +173,7 @@ def _one_seed(seed: int, folder: Path, size: int) -> dict[str, dict[str, float]]
 
     path = folder / f"seed-{seed}"
     done = path / "figures.json"
-    figures: dict[str, dict[str, float]] = json.loads(done.read_text()) if done.exists() else {}
+    figures = read_kept(done)
     if figures.keys() >= ARMS.keys():
         return figures
     path.mkdir(parents=True, exist_ok=True)

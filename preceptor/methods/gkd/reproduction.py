@@ -18,7 +18,7 @@ from preceptor.distillation.on_policy import OwnSamples
 from preceptor.distillation.teachers import FrozenTeacher, MemoisedTeacher, Teacher
 from preceptor.engine.settings import Training
 from preceptor.evaluation.language import ModelOutputs, ask, evaluate_language, evaluate_own_samples
-from preceptor.files import write_whole
+from preceptor.files import read_kept, write_whole
 from preceptor.knowledge import HiddenTargets, rows_of
 from preceptor.methods.gkd.recipe import Config, start, teach
 from preceptor.models.language_model import LanguageModel
@@ -90,7 +90,7 @@ def _one_seed(seed: int, folder: Path, size: int) -> dict[str, dict[str, float]]
     """The figures of all arms for one seed; each arm is kept in the folder when it is done."""
     path = folder / f"seed-{seed}"
     done = path / "figures.json"
-    figures: dict[str, dict[str, float]] = json.loads(done.read_text()) if done.exists() else {}
+    figures = read_kept(done)
     if figures.keys() >= ARMS.keys():
         return figures
     steps, text = 80 * size, Text(limit=320 * size, held_out=96, answer_length=48)

@@ -61,12 +61,12 @@ class CommonErrors:
     """Sampling temperature; the whole vocabulary is sampled."""
     max_tokens: int = 256
     """Tokens of a solution at most."""
+    arithmetic: float | None = 0.01
+    """Largest slip in a mark ``<<a op b = c>>``: the aim is conceptual errors. None checks none."""
     max_steps: int = 4
     """Steps of the worked solution at most: the text says 4; its count line speaks of more than 5 being removed."""
     rounding: float = 0.1
     """A wrong answer this near to the right one is rounding, not an error."""
-    arithmetic: float | None = 0.01
-    """Largest slip in a mark ``<<a op b = c>>``: the aim is conceptual errors. None checks none."""
     shortest: int = 300
     """Characters of a solution at least."""
     longest: int = 500

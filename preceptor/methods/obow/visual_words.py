@@ -133,15 +133,9 @@ class Vocabularies(nn.Module):
     """
 
     def __init__(
-        self,
-        levels: Mapping[str, int],
-        count: int,
-        *,
-        inv_delta: float = 15.0,
-        assignment: Assignment = "soft",
-        pooling: Pooling = "max",
-        renewed: bool = True,
-    ) -> None:
+        self, levels: Mapping[str, int], count: int, *, inv_delta: float = 15.0, assignment: Assignment = "soft",
+        pooling: Pooling = "max", renewed: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.levels = tuple(levels)
         self.of_level = nn.ModuleList(

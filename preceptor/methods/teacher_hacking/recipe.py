@@ -218,11 +218,6 @@ def setup(config: Config) -> Setup:
 def start(config: Config, student: LanguageModel) -> Run:
     """The run of stage two, with what it rests on written down."""
     named = {name: value for name, value in vars(config).items() if name in ("oracle", "teacher", "student")}
-    return Run(
-        config.training,
-        student=student,
-        folder=Path(config.output),
-        config=config,
-        resume=config.resume,
-        provenance={**named, "tokenizer": tokenizer_hash(student.tokenizer)},
-    )
+    facts = {**named, "tokenizer": tokenizer_hash(student.tokenizer)}
+    folder, resume = Path(config.output), config.resume
+    return Run(config.training, student=student, folder=folder, config=config, resume=resume, provenance=facts)

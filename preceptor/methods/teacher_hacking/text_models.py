@@ -103,18 +103,10 @@ def symbol_model(vocabulary: int, *, longest: int, seed: int) -> LanguageModel:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     settings: Any = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
-        num_hidden_layers=DEPTH,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
-        max_position_embeddings=longest,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
+        vocab_size=vocabulary, hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=DEPTH,
+        num_attention_heads=HEADS, num_key_value_heads=HEADS, max_position_embeddings=longest,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
     words = Tokenizer(WordLevel({f"s{symbol}": symbol for symbol in range(vocabulary)}, unk_token="s0"))
     words.pre_tokenizer = WhitespaceSplit()
     with torch.random.fork_rng(devices=[]):

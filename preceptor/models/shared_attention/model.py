@@ -65,15 +65,10 @@ class SharedAttentionModel(SharedAttentionPreTrainedModel):
         self.decoder.embed_tokens = value
 
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
-    ) -> BaseModelOutputWithPast:
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None, past_key_values: Any = None, inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None, output_hidden_states: bool | None = None,
+    ) -> BaseModelOutputWithPast:  # fmt: skip
         """The last hidden states (B, T, D), after the final norm.
 
         Args:

@@ -31,6 +31,7 @@ from preceptor.methods.data_env.student import TaskStudent  # noqa: E402
 from preceptor.methods.data_env.world import make_task, make_task_student, make_world  # noqa: E402
 from preceptor.tasks.contamination import leaks  # noqa: E402
 from preceptor.tasks.figures import Figures  # noqa: E402
+from tests.drawings import look  # noqa: E402
 
 
 def digest(path: Path) -> str:
@@ -48,7 +49,7 @@ def test_a_run_leaves_its_rounds_its_pictures_and_its_student(tmp_path: Path) ->
     assert {"question", "answer", "truth", "correct", "skill"} <= items[0].keys()
     shown = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     for name in ("1_skill_tree", "2_allocation", "3_accuracy", "4_rejected"):
-        assert (tmp_path / "run" / "pictures" / f"{name}.png").is_file()
+        look(tmp_path / "run" / "pictures" / f"{name}.png", colours=0)
     assert "The skill tree" in shown
     assert (tmp_path / "run" / "student" / "model.safetensors").exists()
 

@@ -34,6 +34,7 @@ from preceptor.models.loading import load
 from preceptor.models.memory import memory_needed
 from preceptor.models.shared_attention.model import share
 from preceptor.models.student import make_student
+from tests.drawings import look
 from tests.small_llama import small_llama
 
 TRAINING = Training(steps=10, batch_size=4, learning_rate=3e-3, schedule="constant")
@@ -272,7 +273,7 @@ def test_followers_are_chosen_in_a_new_folder_by_this_teacher(tokenizer, tmp_pat
     assert taught.config.followers
     found = Similarity.read(tmp_path / "run" / "similarity.json")
     assert (len(found.cosines), found.texts) == (6, 2)
-    assert (tmp_path / "run" / "pictures" / "similarity.png").exists()
+    look(tmp_path / "run" / "pictures" / "similarity.png")
 
 
 def test_a_student_in_which_nobody_shares_is_the_teacher(tokenizer, tmp_path):

@@ -21,6 +21,7 @@ from preceptor.methods.gkd.recipe import Config, main, teach
 from preceptor.methods.gkd.reproduction import ShuffledRows
 from preceptor.models.language_model import LanguageModel
 from preceptor.models.loading import load
+from tests.drawings import look
 from tests.small_llama import small_llama
 
 TRAINING = Training(steps=12, batch_size=4, learning_rate=3e-3, schedule="constant")
@@ -249,7 +250,7 @@ def test_a_watched_run_with_a_labels_arm_goes_through_and_prints_its_verdict(tmp
     assert LABELS_ONLY in table.columns
     printed = capsys.readouterr().out
     assert "its power law" in printed
-    assert (tmp_path / "run" / "pictures" / "hacking.png").is_file()
+    look(tmp_path / "run" / "pictures" / "hacking.png", colours=1)
     main(replace(config, resume=True))
     assert next(line for line in printed.splitlines() if "power law" in line) in capsys.readouterr().out
 

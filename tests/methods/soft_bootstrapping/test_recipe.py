@@ -29,6 +29,7 @@ from preceptor.models.memory import memory_needed
 from preceptor.models.student import make_student
 from preceptor.tasks.boxed import Judgement
 from preceptor.tasks.records import Item
+from tests.drawings import look
 
 SIZES = {
     "vocab_size": 49152,
@@ -304,6 +305,8 @@ def test_a_verifier_of_ones_own_and_a_run_that_goes_on(tmp_path, tokenizer, ends
         assert one["reply"]["correct"]
     assert json.loads((folder / "selection.json").read_text())["outcomes"]["kept"] >= 6
     assert {path.name for path in (folder / "pictures").glob("*.png")} == {"1_outcomes.png", "2_right_rollouts.png"}
+    for path in (folder / "pictures").glob("*.png"):
+        look(path, colours=1)
     assert "What became of the questions" in (folder / "report.html").read_text()
     again = bootstrap(replace(config, resume=True), items[4:], items[:4], toss)
     assert again.rows == table.rows
