@@ -57,6 +57,7 @@ SHARED = {
     "preceptor.evaluation.probing",
     "preceptor.tasks.arithmetic",
     "preceptor.tasks.contamination",
+    "preceptor.tasks.generated",
     "preceptor.tasks.records",
     "preceptor.tasks.sampling",
 }
