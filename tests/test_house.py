@@ -52,6 +52,7 @@ SHARED = {
     "preceptor.data.embedded_sentences",
     "preceptor.distillation.marked",
     "preceptor.distillation.on_policy",
+    "preceptor.distillation.pair",
     "preceptor.evaluation.power_law",
     "preceptor.evaluation.power_law_picture",
     "preceptor.evaluation.probing",
