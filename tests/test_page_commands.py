@@ -10,6 +10,8 @@ import json
 import re
 import shlex
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +128,21 @@ def test_commands_are_found_in_blocks_and_in_sentences() -> None:
     assert commands(text) == [["run", "gkd", "--a", "1", "--b", "2"], ["new", "x"], ["show", "x"], ["list"]]
 
 
+@pytest.fixture
+def no_own_method_is_loaded() -> Iterator[None]:
+    """A page's own method is imported by its name, which other tests use as well."""
+
+    def forget() -> None:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "mine"]:
+            del sys.modules[name]
+
+    forget()
+    yield
+    forget()
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_own_method_is_loaded")
 @pytest.mark.parametrize("shown", pages())
 def test_the_commands_of_a_page_run(shown: list[list[str]], small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lay_out_files(small)
