@@ -84,6 +84,7 @@ def test_light_commands_import_no_torch(words: list[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_help_of_a_method_or_a_command_imports_no_model_library() -> None:
     """``--help`` of each, one after another in one process."""
     every = [["run", method.name] for method in find_methods()] + [[name] for name in cli.EXTRAS]

@@ -56,6 +56,7 @@ def test_every_script_is_listed() -> None:
     assert {path.stem for path in SCRIPTS} == set(STUDENTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_an_example_runs(path: Path, teacher: str) -> None:
     torch.manual_seed(0)

@@ -123,6 +123,7 @@ for one in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL and fork need a POSIX system")
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     script = tmp_path / "capture.py"

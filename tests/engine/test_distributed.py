@@ -153,6 +153,7 @@ def lines(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes_equal_one(launched: Path, tmp_path: Path, kind: str) -> None:
     learn(tmp_path / "one", 21, SETTINGS)

@@ -180,6 +180,7 @@ def served(smollm2: LanguageModel, tmp_path: Path) -> Iterator[tuple[str, str]]:
         server.wait(30)
 
 
+@pytest.mark.slow
 def test_a_real_server_answers_as_the_local_model_does(
     served: tuple[str, str], local: LocalModel, tmp_path: Path
 ) -> None:

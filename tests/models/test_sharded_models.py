@@ -86,6 +86,7 @@ def one_of_two(folder: Path) -> None:
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_learn_sample_and_save_what_one_does(tmp_path):
     root = Path(__file__).parents[1]
     environment = {

@@ -136,6 +136,7 @@ def test_it_is_saved_without_queries_and_keys_and_comes_back(make: object, tmp_p
     assert torch.isfinite(half(input_ids=ids).logits).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["preceptor", "transformers", "transformers.models.auto.modeling_auto"])
 def test_a_fresh_process_loads_it_by_importing_preceptor(first: str, tmp_path: Path) -> None:
     shared = share(made(llama), (2, 3))
@@ -159,6 +160,7 @@ def test_to_announce_the_kind_of_model_imports_almost_nothing() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "module",
     ["preceptor.models.shared_attention.model", "preceptor.models.shared_attention.config", "preceptor.models"],

@@ -208,6 +208,7 @@ def test_the_doctor_counts_what_followers_lack():
     assert need.teacher - need.student == 3 * 442_368
 
 
+@pytest.mark.slow
 def test_pieces_of_text_have_one_length_and_the_exam_has_its_own(tokenizer):
     train, exam = read_passages(Passages(limit=40, length=32, held_out=5), tokenizer, seed=3)
     assert {len(piece.ids) for piece in [*train, *exam]} == {32}

@@ -44,6 +44,7 @@ def _port():
         return listener.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_two_processes_copied_or_sharded_equal_one(tmp_path, settings):
     alone = run(tmp_path / "one", settings, 1)
     for name, flags in (("copied", ()), ("sharded", ("--training.shard", "--labels-arm"))):
@@ -53,6 +54,7 @@ def test_two_processes_copied_or_sharded_equal_one(tmp_path, settings):
             assert torch.allclose(both[key], value, atol=1e-6), (name, key)
 
 
+@pytest.mark.slow
 def test_a_sharded_student_learns_on_its_own_samples(tmp_path, settings):
     run(tmp_path / "run", settings, 2, "--training.shard", "--own.share", "0.5")
     AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student")

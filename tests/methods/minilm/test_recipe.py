@@ -246,6 +246,7 @@ def study(teacher):
     return Study(body, tokenizer, knows, knows.confused(pair_up(texts.lessons)), texts, exam)
 
 
+@pytest.mark.slow
 def test_the_reproduction_keeps_its_arms_and_goes_on(study, tmp_path, monkeypatch):
     def short(study, seed, path, *, steps):
         return one_seed(study, seed, path, steps=4)

@@ -287,6 +287,7 @@ def ends(monkeypatch):
     monkeypatch.setattr(LanguageModel, "stop_ids", property(lambda _: frozenset(range(0, 49152, 2))))
 
 
+@pytest.mark.slow
 def test_a_verifier_of_ones_own_and_a_run_that_goes_on(tmp_path, tokenizer, ends):
     config = settings(tmp_path, tokenizer, dtype="bfloat16")  # of the answers; the loss before is the student's
     items = asked()
@@ -337,6 +338,7 @@ def test_without_questions_or_an_exam_nothing_begins(tmp_path, tokenizer):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_same_through_a_cache_and_from_outside(tmp_path, tokenizer, ends):
     items = asked()
     live = settings(tmp_path, tokenizer)
