@@ -137,6 +137,9 @@ def compare(
     return Comparison(difference, bool(pairs), Claim(text, figure, holds))
 
 
+LONG = 1e9  # from here on a number is written with an exponent: nobody counts its digits
+
+
 def format_cell(cell: Cell) -> str:
     """A cell as text; a Value gets the digits that its standard error supports, a bare number four significant ones."""
     if cell is None:
@@ -154,7 +157,7 @@ def _with_error(mean: float, error: float) -> str:
     """The error to one significant digit, or two where that is a 1; the mean to the same decimal place."""
     digit, exponent = f"{error:.0e}".split("e")
     decimals = -int(exponent) + (1 if digit == "1" else 0)
-    if decimals > 6:
+    if decimals > 6 or max(abs(mean), error) >= LONG:
         return f"{mean:.2e} ± {error:.0e}"
     shown = max(0, decimals)
     return f"{round(mean, decimals):,.{shown}f} ± {round(error, decimals):,.{shown}f}"
@@ -167,7 +170,7 @@ def _number(number: float | int) -> str:
         return "∞" if number > 0 else "-∞" if number < 0 else "not a number"
     size = abs(number)
     if size >= 1000:
-        return f"{number:,.0f}"
+        return f"{number:,.0f}" if size < LONG else f"{number:.2e}"
     if size == 0 or size >= 1e-4:
         return f"{number:.4g}"
     return f"{number:.2e}"

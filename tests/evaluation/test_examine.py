@@ -237,6 +237,8 @@ def test_tokenizers_that_differ_are_refused(teacher: LanguageModel, sequences: l
         (Value(-0.5, 0.0), "-0.5"),
         (134515008, "134,515,008"),
         (134515.008, "134,515"),
+        (1.23456e19, "1.23e+19"),
+        (Value(1.23456e19, 2e19), "1.23e+19 ± 2e+19"),
         (0.00012345, "0.0001234"),
         (None, "–"),
         ("plain", "plain"),
