@@ -271,26 +271,26 @@ static double faint_log_sum(const float *u, int64_t n, float top) {
 
 /* Top-k targets: the k listed classes and one for all others. Leaves the listed tokens' gradients in a. Unlisted tokens
    share the result, each by its part exp(u - *inside) of the others. */
-static float bucket(const Job *job, const Scratch *x, float top, const int64_t *ids, const float *said, double *c,
+static float bucket(const Job *job, const Scratch *x, float top, const int64_t *ids, const float *values, double *c,
                     double *inside, double *stats) {
     const int64_t n = job->vocabulary, k = job->k;
     float *us = x->t, *ut = us + k + 1, *q = ut + k + 1, *a = q + k + 1;
     double rest, moment, listed = 0.0, sums[4];
     int64_t best = 0;
     for (int64_t j = 0; j < k; j++) {
-        int used = said[j] > -INFINITY;
+        int used = values[j] > -INFINITY;
         us[j] = used ? x->u[ids[j]] - top : -INFINITY;
-        ut[j] = said[j];
+        ut[j] = values[j];
         a[j] = x->u[ids[j]];
-        best = said[j] > said[best] ? j : best;
+        best = values[j] > values[best] ? j : best;
     }
     for (int64_t j = 0; j < k; j++)
-        if (said[j] > -INFINITY) x->u[ids[j]] = -INFINITY;
+        if (values[j] > -INFINITY) x->u[ids[j]] = -INFINITY;
     exp_sums(x->u, n, 1.0f, top, &rest, &moment);
     double log_rest = log(rest);
     if (rest < 1e-30) log_rest = faint_log_sum(x->u, n, top);
     for (int64_t j = 0; j < k; j++)
-        if (said[j] > -INFINITY) x->u[ids[j]] = a[j];
+        if (values[j] > -INFINITY) x->u[ids[j]] = a[j];
     for (int64_t j = 0; j < k; j++) {
         double e = us[j] > -INFINITY ? exp((double)us[j]) : 0.0;
         listed += e;
@@ -299,13 +299,13 @@ static float bucket(const Job *job, const Scratch *x, float top, const int64_t *
     *c = log(rest + listed);
     stats[2] = *c - moment / (rest + listed);
     us[k] = (float)log_rest;
-    ut[k] = said[k];
+    ut[k] = values[k];
     compare_kind(job, k + 1, us, *c, ut, 0.0, q, a, sums);
     stats[0] = sums[0];
     const float gain = job->gain / job->temperature, towards = -gain * (float)sums[1];
     for (int64_t j = 0; j <= k; j++) a[j] += towards * q[j];
     for (int64_t j = 0; j < k; j++)
-        if (said[j] > -INFINITY) x->a[ids[j]] += a[j];
+        if (values[j] > -INFINITY) x->a[ids[j]] += a[j];
     stats[4] = ids[best] == first_at(x->u, n, top);
     *c += top;
     *inside = log_rest == -INFINITY ? *c : log_rest + top;
@@ -313,7 +313,7 @@ static float bucket(const Job *job, const Scratch *x, float top, const int64_t *
 }
 
 static void one_row(const Job *job, const Scratch *x, void *student, const void *teacher, const int64_t *ids,
-                    const float *said, const int64_t *label, double *stats) {
+                    const float *values, const int64_t *label, double *stats) {
     const int64_t n = job->vocabulary;
     const float heat = job->temperature;
     double sum, moment, c, inside, sums[4];
@@ -321,7 +321,7 @@ static void one_row(const Job *job, const Scratch *x, void *student, const void 
     float top = read_row(student, job->student_type, n, job->student_scale, job->student_cap, heat, x->u);
     if (job->mode != DENSE) memset(x->a, 0, (size_t)n * sizeof(float));
     if (job->mode == BUCKET) {
-        gain_q = bucket(job, x, top, ids, said, &c, &inside, stats);
+        gain_q = bucket(job, x, top, ids, values, &c, &inside, stats);
     } else {
         exp_sums(x->u, n, 1.0f, top, &sum, &moment);
         stats[2] = log(sum) - moment / sum;
@@ -337,10 +337,10 @@ static void one_row(const Job *job, const Scratch *x, void *student, const void 
         stats[4] = first_at(x->u, n, top) == first_at(x->t, n, best);
     } else if (job->mode == SAMPLED) {
         for (int64_t j = 0; j < job->k; j++) {
-            if (said[j] == 0.0f) continue;
-            stats[0] += said[j] * (c - x->u[ids[j]]);
-            gain_q += job->gain / heat * said[j];
-            x->a[ids[j]] -= job->gain / heat * said[j];
+            if (values[j] == 0.0f) continue;
+            stats[0] += values[j] * (c - x->u[ids[j]]);
+            gain_q += job->gain / heat * values[j];
+            x->a[ids[j]] -= job->gain / heat * values[j];
         }
     }
     double one = c;
@@ -359,14 +359,14 @@ static void one_row(const Job *job, const Scratch *x, void *student, const void 
     if (!job->gradient) return;
     if (job->mode != DENSE) probabilities(x->u, n, inside, x->q);
     for (int64_t j = 0; job->mode == BUCKET && j < job->k; j++)
-        if (said[j] > -INFINITY) x->q[ids[j]] = 0.0f;
+        if (values[j] > -INFINITY) x->q[ids[j]] = 0.0f;
     write_row(job, n, x, gain_q, gain_one, one, student);
 }
 
-/* Rows [first, last) of a block; `said` holds k + 1 numbers a row for top-k targets (the last is the tail's) and k for
+/* Rows [first, last) of a block; `values` holds k + 1 numbers a row for top-k targets (the last is the tail's) and k for
    samples. Statistics are added to `stats` (rows, 5), in the order of rows.STATS. Returns 0, or 1 without memory. */
 int divergence_rows(const Job *job, int64_t first, int64_t last, char *student, const char *teacher, const int64_t *ids,
-                    const float *said, const int64_t *labels, double *stats) {
+                    const float *values, const int64_t *labels, double *stats) {
     const int64_t n = job->vocabulary, padded = ((n > 4 * (job->k + 1) ? n : 4 * (job->k + 1)) + 63) / 16 * 16;
     const size_t wide = job->student_type == FLOAT32 ? 4 : 2, said_wide = job->teacher_type == FLOAT32 ? 4 : 2;
     const int64_t width = job->mode == BUCKET ? job->k + 1 : job->k;
@@ -375,7 +375,7 @@ int divergence_rows(const Job *job, int64_t first, int64_t last, char *student, 
     const Scratch x = {memory, memory + padded, memory + 2 * padded, memory + 3 * padded};
     for (int64_t i = first; i < last; i++)
         one_row(job, &x, student + (size_t)(i * n) * wide, teacher ? teacher + (size_t)(i * n) * said_wide : NULL,
-                ids ? ids + i * job->k : NULL, said ? said + i * width : NULL, labels ? labels + i : NULL,
+                ids ? ids + i * job->k : NULL, values ? values + i * width : NULL, labels ? labels + i : NULL,
                 stats + i * STATS);
     free(memory);
     return 0;
