@@ -1,18 +1,16 @@
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 from transformers import LlamaConfig
 
-from preceptor.data.sequences import collate, sequence_key
+from preceptor.data.sequences import sequence_key
 from preceptor.distillation import teachers as teachers
 from preceptor.distillation.momentum import MomentumTeacher
-from preceptor.distillation.teachers import AdapterOff, CachedTeacher, Ensemble, FrozenTeacher, MemoisedTeacher
+from preceptor.distillation.teachers import AdapterOff, CachedTeacher, Ensemble, FrozenTeacher
 from preceptor.errors import UserError
 from preceptor.knowledge import HiddenTargets, LogitTargets, SampledTargets, TopKTargets
-from preceptor.methods.teacher_hacking.text_models import answered, symbol_model
 from preceptor.models.language_model import project
 from preceptor.models.student import make_student
 from tests.byte_models import WIDTHS, batch_of, tiny
@@ -184,33 +182,3 @@ def test_a_momentum_teacher_is_taken_up_again_from_its_state():
     again = MomentumTeacher(tiny(LlamaConfig(**WIDTHS, num_hidden_layers=1, tie_word_embeddings=True), seed=9), 0.5)
     again.load_state_dict(read(write(teacher.state_dict())))
     assert torch.equal(again(batch_of(6)).hidden, teacher(batch_of(6)).hidden)
-
-
-@pytest.mark.parametrize("limit", [1 << 20, 300, 0])
-def test_a_memoised_teacher_gives_what_the_teacher_gives(limit):
-    model = symbol_model(8, longest=8, seed=0)
-    asked = []
-
-    def teacher(batch):
-        asked.append(len(batch))
-        hidden = model(batch).detach()
-        return HiddenTargets(hidden, replace(model.head, weight=model.head.weight.detach()))
-
-    again = [answered((1, 2), (3, place)) for place in range(6)]
-    memoised, other = MemoisedTeacher(teacher, again, limit=limit), answered((7, 7), (7, 7))
-    for _ in range(3):
-        batch = collate([*again[:3], other], 0)
-        assert torch.allclose(memoised(batch).hidden, model(batch)[batch.predicts], atol=1e-6)
-        batch = collate(again[2:5], 0)
-        assert torch.allclose(memoised(batch).hidden, model(batch)[batch.predicts], atol=1e-6)
-    assert asked == ([4, 3, 4, 4] if limit == 1 << 20 else [4, 3] * 3)
-
-
-def test_a_memoised_teacher_of_exact_probabilities():
-    rows = torch.randn(4, 5)
-    again = [answered((1,), (2, 3)), answered((2,), (2, 3))]
-    memoised = MemoisedTeacher(lambda batch: LogitTargets(rows), again)
-    batch = collate(again, 0)
-    assert torch.equal(memoised(batch).logits, rows)
-    swapped = collate(again[::-1], 0)
-    assert torch.equal(memoised(swapped).logits, rows[[2, 3, 0, 1]])

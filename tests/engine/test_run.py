@@ -8,12 +8,14 @@ import os
 import subprocess
 import sys
 import weakref
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from preceptor.catalogue import find_methods
 from preceptor.engine.run import NonFiniteLoss, Run
 from preceptor.engine.settings import Training
 from preceptor.errors import UserError
@@ -380,17 +382,16 @@ def test_the_folder_tells_what_ran_where(tmp_path: Path) -> None:
 
 
 def test_a_run_writes_its_method_and_goes_on_with_that_one_only(tmp_path: Path) -> None:
-    from preceptor.methods.gkd.recipe import tiny
-
+    name = find_methods()[0].name
     training = Training(steps=1)
-    config = dataclasses.replace(tiny, training=training)
+    config = dataclasses.replace(import_module(f"preceptor.methods.{name}.recipe").tiny, training=training)
     Run(training, student=network(), folder=tmp_path / "named", config=config).finish()
-    assert json.loads((tmp_path / "named" / "environment.json").read_text())["method"] == "gkd"
+    assert json.loads((tmp_path / "named" / "environment.json").read_text())["method"] == name
     Run(training, student=network(), folder=tmp_path / "nameless", config=Settings(training)).finish()
     assert json.loads((tmp_path / "nameless" / "environment.json").read_text())["method"] is None
     path = tmp_path / "named" / "environment.json"
-    path.write_text(path.read_text().replace('"method": "gkd"', '"method": "./mine"'))
-    with pytest.raises(UserError, match="holds a run of mine, not of gkd"):
+    path.write_text(path.read_text().replace(f'"method": "{name}"', '"method": "./mine"'))
+    with pytest.raises(UserError, match=f"holds a run of mine, not of {name}"):
         Run(training, student=network(), folder=tmp_path / "named", config=config, resume=True)
     path.unlink()
     Run(training, student=network(), folder=tmp_path / "named", config=config, resume=True).finish()
