@@ -32,3 +32,11 @@ def tokenizer() -> Any:
     from preceptor.models.loading import load
 
     return load("smollm2", dtype="bfloat16").tokenizer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _speeds_are_measured_once() -> None:
+    """A table's tokens a second are the median of five measurements; no test looks at them, so one will do."""
+    from preceptor.evaluation import language
+
+    language.REPEATS = 1
