@@ -135,6 +135,10 @@ def no_own_method_is_loaded() -> Iterator[None]:
     def forget() -> None:
         for name in [name for name in sys.modules if name.partition(".")[0] == "mine"]:
             del sys.modules[name]
+        sys.path[:] = [
+            place for place in sys.path if not any(Path(place, name).exists() for name in ("mine", "mine.py"))
+        ]
+        importlib.invalidate_caches()
 
     forget()
     yield
