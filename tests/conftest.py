@@ -36,7 +36,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="session", autouse=True)
 def _speeds_are_measured_once() -> None:
-    """A table's tokens a second are the median of five measurements; no test looks at them, so one will do."""
+    """A table's tokens a second are the median of five measurements; no test looks at them: one short one will do."""
     from preceptor.evaluation import language
 
-    language.REPEATS = 1
+    language.PREFILL_TOKENS, language.DECODED_TOKENS, language.REPEATS = 16, 2, 1

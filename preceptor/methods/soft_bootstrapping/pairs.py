@@ -52,10 +52,19 @@ def listen(config: Config, run: Run, teacher: LanguageModel, student: LanguageMo
     return Hinted(source, shown, student.pad_id)
 
 
+def check_cache(config: Config) -> None:
+    """Refuse the cache of another teacher, before anything is loaded.
+
+    Raises:
+        UserError: the folder ``config.cache`` holds one.
+    """
+    folder = Path(config.cache)
+    if config.cache and (folder / "header.json").exists() and (other := Header.read(folder).teacher) != config.teacher:
+        raise UserError(f"The cache {config.cache} is of the teacher {other}, not of {config.teacher}: choose another.")
+
+
 def _cached(config: Config, run: Run, teacher: LanguageModel, shown: list[HintedPair]) -> Teacher:
     folder = Path(config.cache)
-    if (folder / "header.json").exists() and (other := Header.read(folder).teacher) != config.teacher:
-        raise UserError(f"The cache {config.cache} is of the teacher {other}, not of {config.teacher}: choose another.")
     plan = CapturePlan(Wanted(budget=200.0, k=2048), kind="hidden")
     with run.accelerator.main_process_first():
         kept = capture(

@@ -53,7 +53,7 @@ from preceptor.engine.settings import Training
 from preceptor.errors import UserError
 from preceptor.methods.soft_bootstrapping.examination import examine, unlearned
 from preceptor.methods.soft_bootstrapping.hints import Prompts
-from preceptor.methods.soft_bootstrapping.pairs import gather, lessons, listen
+from preceptor.methods.soft_bootstrapping.pairs import check_cache, gather, lessons, listen
 from preceptor.methods.soft_bootstrapping.pictures import draw_selection
 from preceptor.methods.soft_bootstrapping.questions import QuestionSource, draw
 from preceptor.methods.soft_bootstrapping.selection import Rolling, enough, statistics_table, write_statistics
@@ -198,6 +198,7 @@ def bootstrap(config: Config, items: Listed[Item], exam: Listed[Item], verify: V
         )
     folder = Path(config.output)
     check_folder(folder, config, resume=config.resume)
+    check_cache(config)
     teacher, student = load(config.teacher, dtype=config.dtype), unlearned(config)
     same_tokenizer(teacher, student)
     run = start(config, student)

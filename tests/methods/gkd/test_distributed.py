@@ -9,15 +9,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from preceptor.models.loading import load
 from tests.small_llama import small_llama
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory):
+def settings(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("models")
     small_llama(0, 3).save_pretrained(folder / "teacher")
-    load("smollm2", dtype="bfloat16").tokenizer.save_pretrained(folder / "teacher")
+    tokenizer.save_pretrained(folder / "teacher")
     data = folder / "data.jsonl"
     rows = [{"prompt": f"Count to {n}.", "completion": " ".join(map(str, range(1, n + 1)))} for n in range(1, 14)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -28,9 +27,10 @@ def settings(tmp_path_factory):
 
 def run(output, settings, processes, *more):
     launch = [sys.executable, "-m", "accelerate.commands.launch", f"--num_processes={processes}"]
-    launch += ["--multi_gpu"] if processes > 1 else ["--cpu"]
+    launch += ["--multi_gpu"]
     launch += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={_port()}"]
     words = ["-m", "preceptor", "run", "gkd", *settings, "--output", str(output), *more]
+    launch = launch if processes > 1 else [sys.executable]
     done = subprocess.run(launch + words, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, [line for line in done.stderr.splitlines() if "rror" in line or "preceptor:" in line]
     return load_file(output / "student" / "model.safetensors")
