@@ -226,8 +226,12 @@ def test_each_task_has_skills_by_default(task):
 
 
 def discovering(request: Request) -> str:
-    """A language model that finds two skills, by the length of a question, and writes sums."""
+    """A language model that finds two skills, by the length of a question, and writes sums for one subskill of each."""
     text, fields = request.messages[-1]["content"], request.schema["properties"]
+    if "action" in fields:
+        return json.dumps({"reasoning": "", "action": "explore", "new_subskills": 1, "items_each": 4})
+    if "subskills" in fields:
+        return json.dumps({"subskills": ["sums"]})
     if "categories" in fields:
         names = ["a_question", "a_reversal"]
         return json.dumps({"categories": [{"name": f"all of {name}", "skills": [name]} for name in names]})
@@ -241,9 +245,17 @@ def discovering(request: Request) -> str:
     return json.dumps({"hypotheses": hypotheses} if "hypotheses" in fields else {"items": items})
 
 
-@pytest.mark.parametrize("environment", ["open_ended", "skill_list"])
+@pytest.mark.parametrize(
+    ("environment", "policy"),
+    [
+        ("open_ended", "proportional"),
+        ("skill_list", "proportional"),
+        ("skill_tree", "proportional"),
+        ("skill_tree", "train_retrain"),
+    ],
+)
 def test_skills_are_discovered_by_the_teacher_and_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: str, policy: str
 ) -> None:
     asked: list[str] = []
 
@@ -256,6 +268,7 @@ def test_skills_are_discovered_by_the_teacher_and_kept(
         tiny,
         skills=("discovered",),
         environment=environment,  # type: ignore[arg-type]
+        policy=policy,  # type: ignore[arg-type]
         teacher=ChatSettings(model="scripted"),
         school=replace(tiny.school, weak=School().weak),
         exam=Exam(validation=8, test=8),
@@ -271,6 +284,10 @@ def test_skills_are_discovered_by_the_teacher_and_kept(
     items = read_lines(tmp_path / "run" / "iterations" / "000" / "items.jsonl")
     assert {item["skill"] for item in items} == set(skills["categories"])
     assert table.rows["all"]["items"] > 0
+    if environment == "skill_tree":  # every item was written for a subskill that the teacher proposed
+        written = [datum for one in read_iterations(tmp_path / "run" / "iterations") for datum in one.data]
+        assert {datum.skill for datum in written} <= set(skills["categories"])
+        assert {datum.subskill for datum in written} == {"sums"}
     asked.clear()
     data_env.main(replace(config, resume=True))
     assert not [text for text in asked if "Name the one skill" in text or "Choose the category" in text]
